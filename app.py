@@ -1,0 +1,67 @@
+"""The composition root: settings -> broker -> hub -> views, as an ordinary Flask application."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+from dataclasses import dataclass, replace
+
+from flask import Flask
+
+from pushsvc.auth import Access
+from pushsvc.brokers import open_broker
+from pushsvc.brokers.base import Broker
+from pushsvc.hub import Hub
+from pushsvc.metrics import Metrics
+from pushsvc.settings import Settings
+from pushsvc.views import events, problems, publish, status
+
+DESCRIPTORS_KEPT = 200  # for listeners, the log, publishers and whoever asks for health
+logger = logging.getLogger("pushsvc")
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """The running parts of one application: `app.extensions["pushsvc"]`."""
+
+    settings: Settings
+    broker: Broker
+    hub: Hub
+
+    def drain(self) -> None:
+        """End all streams gently. Switches."""
+        self.hub.drain()
+
+    def close(self) -> None:
+        """Give everything back; what was acknowledged is in the log. Idempotent. Switches."""
+        self.hub.stop()
+        self.broker.close()
+
+
+def create_app(settings: Settings | None = None) -> Flask:
+    """An application that serves at once. Without `settings`: those of the environment. Raises SettingsError.
+
+    It belongs to the process and the gevent hub that it is made in: make it after a fork, not before.
+    """
+    settings = _bounded(settings or Settings.from_environ(os.environ))
+    access = Access(settings)
+    broker = open_broker(settings)
+    hub = Hub(settings, Metrics())
+    app = Flask("pushsvc", static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
+    problems.install(app, access)
+    app.register_blueprint(events.blueprint(hub, broker, access))
+    app.register_blueprint(publish.blueprint(hub, broker, access))
+    app.register_blueprint(status.blueprint(hub, broker))
+    app.extensions["pushsvc"] = Service(settings, broker, hub)
+    hub.start(broker)
+    logger.info("started", extra={"broker": settings.broker_url, "max_streams": settings.max_streams})
+    return app
+
+
+def _bounded(settings: Settings) -> Settings:
+    """`max_streams` 0 becomes what this process has descriptors for."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = max(1, soft - DESCRIPTORS_KEPT)
+    return replace(settings, max_streams=min(settings.max_streams or most, most))

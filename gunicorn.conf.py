@@ -1,0 +1,117 @@
+"""gunicorn's configuration, derived from Settings: no numbers of its own."""
+
+import os
+import resource
+import shutil
+import socket
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from gunicorn.glogging import Logger
+
+from pushsvc import log
+from pushsvc.bind import check_bind, is_loopback
+from pushsvc.errors import PushError
+from pushsvc.settings import Settings
+
+try:
+    settings = Settings.from_environ(os.environ)
+except PushError as error:
+    sys.exit(f"pushsvc: {error.detail}")
+
+_soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (_hard, _hard))
+_MULTIPROC = "PROMETHEUS_MULTIPROC_DIR"  # read by prometheus_client when it is first imported
+_METRICS = f"pushsvc-metrics-{os.getpid()}-"
+if _MULTIPROC not in os.environ:
+    os.environ[_MULTIPROC] = tempfile.mkdtemp(prefix=_METRICS)
+
+bind = [address.strip() for address in settings.bind.split(",")]
+workers = int(os.environ.get("WEB_CONCURRENCY") or os.cpu_count() or 1)
+worker_class = "gevent"
+worker_connections = _hard
+reuse_port = True  # long-lived connections spread evenly: each worker has a queue of its own
+backlog = settings.backlog
+keepalive = settings.keepalive_seconds
+graceful_timeout = settings.graceful_seconds
+preload_app = False  # the application belongs to its worker: threads and connections do not survive a fork
+control_socket_disable = True
+logconfig_dict = log.config(settings)
+
+
+class logger_class(Logger):
+    """gunicorn's logger, but without an access log unless one is asked for (`--access-logfile -`)."""
+
+    def access(self, resp, req, environ, request_time):
+        if self.cfg.accesslog:
+            super().access(resp, req, environ, request_time)
+
+
+def on_starting(server):
+    """Refuse what would run, but not as meant: before there is a worker."""
+    try:
+        check_bind(settings, server.address)
+    except PushError as error:
+        sys.exit(f"pushsvc: {error.detail}")
+    if server.cfg.preload_app:
+        sys.exit("pushsvc: preload_app does not work: the application belongs to its worker")
+    for address in server.address:
+        if isinstance(address, tuple) and "GUNICORN_PID" not in os.environ:
+            _check_free(address)
+
+
+def _check_free(address):
+    """With reuse_port a second service on the same port would silently take half of the connections."""
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            sys.exit(f"pushsvc: cannot listen on {address[0]}:{address[1]}: {error.strerror}")
+
+
+def when_ready(server):
+    """Say how to try it: three lines that work as pasted."""
+    address = next((each for each in server.address if isinstance(each, tuple)), None)
+    if address is None:
+        return
+    host = address[0] if is_loopback(address[0]) else "127.0.0.1"
+    url = f"http://{f'[{host}]' if ':' in host else host}:{address[1]}"
+    token = ' -H "Authorization: Bearer $TOKEN"' if settings.jwt_key else ""
+    print(f"""
+pushsvc listens on {url}
+
+  subscribe  curl -N{token} '{url}/events?topic=hello'
+  publish    curl{token} -d topic=hello -d 'data=Hello, world' {url}/publish
+  resume     curl -N{token} '{url}/events?topic=hello&last_event_id=earliest'
+
+  console    {url}/
+""", flush=True)
+
+
+def post_worker_init(worker):
+    from pushsvc.worker import watch_stop
+
+    watch_stop(worker)
+
+
+def child_exit(server, worker):
+    from pushsvc import metrics
+
+    metrics.forget_worker(worker.pid)
+
+
+def worker_exit(server, worker):
+    service = getattr(worker.wsgi, "extensions", {}).get("pushsvc") if hasattr(worker, "wsgi") else None
+    if service is not None and worker.pid == os.getpid():
+        service.close()
+
+
+def on_exit(server):
+    folder = Path(os.environ[_MULTIPROC])
+    if folder.name.startswith(_METRICS):
+        shutil.rmtree(folder, ignore_errors=True)

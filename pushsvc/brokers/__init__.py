@@ -1,0 +1,18 @@
+"""Brokers: the log, and the road between processes. `base` is the contract, the others keep it."""
+
+from __future__ import annotations
+
+from pushsvc.brokers.base import Broker
+from pushsvc.settings import Settings
+
+
+def open_broker(settings: Settings) -> Broker:
+    """The broker that `settings.broker_url` names, not started."""
+    scheme, _, rest = settings.broker_url.partition(":")
+    if scheme == "memory":
+        from pushsvc.brokers.memory import MemoryBroker
+
+        return MemoryBroker(settings)
+    from pushsvc.brokers.sqlite import SqliteBroker
+
+    return SqliteBroker(rest, settings)

@@ -1,0 +1,71 @@
+"""The broker contract, on one screen. One suite of contract tests runs over every broker.
+
+A publish goes out by `append` and comes back by the callables given to `start`, also to its own process: one path,
+one order. A broker never imports the hub.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from pushsvc.event import Draft, Event
+from pushsvc.position import Position
+
+Deliver = Callable[[Sequence[Event]], None]
+Reset = Callable[[Position], None]
+
+
+class Page(NamedTuple):
+    """A stretch of history, read at one moment. `events`: in order. `more`: whether history went on then.
+    `missing`: the newest sequence after the asked one whose event retention has taken from these topics; 0 for none."""
+
+    events: list[Event]
+    more: bool
+    missing: int
+
+
+class Broker(ABC):
+    """The log of one deployment. All of it raises BrokerUnavailable when the log cannot be reached."""
+
+    @abstractmethod
+    def start(self, deliver: Deliver, reset: Reset) -> None:
+        """Begin to hand over. `reset(position)`: first, and whenever what follows does not join what came before:
+        another epoch, or events that were lost to this reader. Then `deliver(events)`: every event after that
+        position, once, in order, whatever its `keep`. Both are called in a greenlet and do not switch."""
+
+    @abstractmethod
+    def append(self, drafts: Sequence[Draft], key: str | None = None) -> list[Position]:
+        """Put `drafts` at the end of the log, all or none, in one stretch of the order; their positions.
+        Returns when they outlive this process. With a `key` seen within the idempotency window nothing is appended
+        and the first answer is given again. Switches."""
+
+    @abstractmethod
+    def head(self) -> Position:
+        """The position of the newest event that anybody was told of before this call. Switches."""
+
+    @abstractmethod
+    def history(self, topics: Sequence[str], after: int, limit: int) -> Page:
+        """The first at most `limit` events after `after` (of the present epoch) that history holds for any of
+        `topics`, each once. Pages are also bounded in bytes. Switches."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Try whether the log can be written and read now; raises BrokerUnavailable with the reason. Switches."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Finish what was accepted, give everything back. Idempotent. Switches."""
+
+    def watch(self, topics: Sequence[str]) -> None:
+        """This process has streams for `topics` from now on. Brokers that hand over everything ignore it."""
+        return
+
+    def unwatch(self, topics: Sequence[str]) -> None:
+        """This process has no more streams for `topics`."""
+        return
+
+    def depths(self) -> dict[str, int]:
+        """How much waits in each of the broker's queues, for the metrics. Atomic: no switch."""
+        return {}

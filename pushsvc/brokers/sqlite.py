@@ -1,0 +1,327 @@
+"""`sqlite:` the embedded broker: one WAL file is the log, shared by all workers of one machine.
+
+Three natives and one greenlet. The writer thread appends in groups, so that neither a commit nor a colliding worker
+stops the loop; the keeper thread trims; the doorbell wakes the reader greenlet, which takes the rows after its last
+sequence and hands them to the hub. The loop hears of a finished group by one async watcher.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sqlite3
+import time
+from _queue import Empty, SimpleQueue  # the native queue: gevent patches the one in `queue`
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gevent
+from gevent import monkey
+from gevent.event import AsyncResult
+from gevent.event import Event as Signal
+
+from pushsvc.brokers.base import Broker, Deliver, Page, Reset
+from pushsvc.brokers.doorbell import Doorbell
+from pushsvc.brokers.sqlite_keeper import ROUND_SECONDS, Keeper
+from pushsvc.brokers.sqlite_log import FileLock, Log, Stretch, lock_path
+from pushsvc.errors import BrokerUnavailable
+from pushsvc.event import Draft
+from pushsvc.position import Position
+from pushsvc.settings import Settings
+
+GROUP_EVENTS = 2000  # most events of one commit
+READ_EVENTS = 1000  # most events handed over without a pause
+PAUSE_SECONDS = 0.0001  # between two full reads, so that the streams are served
+DEFAULT_NAME = "pushsvc.db"
+_start_thread: Callable[..., int] = monkey.get_original("_thread", "start_new_thread")
+_sleep: Callable[[float], None] = monkey.get_original("time", "sleep")
+logger = logging.getLogger(__name__)
+_Failure = (sqlite3.Error, OSError)
+
+
+class _Append:
+    """One call of `append` on its way through the writer. `result` is set on the loop's side only."""
+
+    __slots__ = ("drafts", "key", "positions", "error", "result")
+
+    def __init__(self, drafts: Sequence[Draft], key: str | None) -> None:
+        self.drafts = drafts
+        self.key = key
+        self.positions: list[Position] = []
+        self.error: Exception | None = None
+        self.result = AsyncResult()
+
+
+class SqliteBroker(Broker):
+    """The log at `place` (a path, also as `//` and a path; a folder or nothing: the default name in it)."""
+
+    def __init__(self, place: str, settings: Settings) -> None:
+        self.path = _path(place)
+        self._settings = settings
+        self._deliver: Deliver = lambda events: None
+        self._reset: Reset = lambda position: None
+        self._queue: SimpleQueue[_Append | None] = SimpleQueue()
+        self._done: deque[_Append] = deque()
+        self._wake = Signal()
+        self._log: Log | None = None
+        self._last = Position("", 0)
+        self._doorbell: Doorbell | None = None
+        self._closed = False
+        self._threads: list[AsyncResult] = []
+        self._keeper_queue: SimpleQueue[None] = SimpleQueue()
+        self._failure = ""
+
+    # -- the loop's side
+
+    def start(self, deliver: Deliver, reset: Reset) -> None:
+        self._deliver, self._reset = deliver, reset
+        self._loop = gevent.get_hub().loop
+        self._finished = self._loop.async_()
+        self._finished.start(self._on_finished)
+        self._stopped: deque[str] = deque()
+        _start_thread(self._write, ())
+        _start_thread(self._keep, ())
+        with contextlib.suppress(BrokerUnavailable):
+            self._open()
+        self._reader = gevent.spawn(self._read)
+
+    def append(self, drafts: Sequence[Draft], key: str | None = None) -> list[Position]:
+        if self._closed:
+            raise BrokerUnavailable("the broker is closed")
+        job = _Append(drafts, key)
+        self._queue.put(job)
+        try:
+            positions: list[Position] = job.result.get(timeout=self._settings.publish_timeout_seconds)
+        except gevent.Timeout:
+            raise BrokerUnavailable("the log did not answer in time: whether the event is in it is not known") from None
+        return positions
+
+    def head(self) -> Position:
+        log = self._open()
+        try:
+            return Position(log.epoch, log.last())
+        except _Failure as error:
+            raise self._unavailable("read", error) from error
+
+    def history(self, topics: Sequence[str], after: int, limit: int) -> Page:
+        try:
+            return self._open().history(topics, after, limit)
+        except _Failure as error:
+            raise self._unavailable("read", error) from error
+
+    def check(self) -> None:
+        self.append([])
+        self.head()
+
+    def depths(self) -> dict[str, int]:
+        return {"append": self._queue.qsize()}
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._queue.put(None)
+        self._keeper_queue.put(None)
+        self._reader.kill()
+        with gevent.Timeout(self._settings.publish_timeout_seconds, False):
+            while len(self._stopped) < 2:
+                gevent.sleep(0.005)
+        self._finished.stop()
+        self._finished.close()
+        self._close_log()
+        if self._doorbell is not None:
+            self._doorbell.close()
+
+    def _open(self) -> Log:
+        """The loop's connection to the log; a new one if the file was replaced. Atomic: no switch."""
+        if self._log is not None and not self._log.is_current():
+            self._close_log()
+        if self._log is None:
+            try:
+                self._log = Log(self.path, time.time(), busy_seconds=0.05)
+                if self._doorbell is None:
+                    self._doorbell = self._hang_doorbell()
+            except _Failure as error:
+                raise self._unavailable("open", error) from error
+            head = Position(self._log.epoch, self._log.last())
+            if head.epoch != self._last.epoch or head.seq < self._last.seq:
+                self._last = head
+                self._reset(head)
+        return self._log
+
+    def _hang_doorbell(self) -> Doorbell:
+        doorbell = Doorbell(self.path.with_name(self.path.name + ".doorbells"))
+        self._ringing = self._loop.io(doorbell.fileno(), 1)
+        self._ringing.start(self._on_ring)
+        return doorbell
+
+    def _close_log(self) -> None:
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def _on_ring(self) -> None:
+        if self._doorbell is not None and not self._closed:
+            self._doorbell.answer()
+        self._wake.set()
+
+    def _on_finished(self) -> None:
+        while self._done:
+            job = self._done.popleft()
+            if job.error is not None:
+                job.result.set_exception(self._unavailable("write", job.error))
+            else:
+                job.result.set(job.positions)
+        self._wake.set()
+
+    def _read(self) -> None:
+        """The reader: on a ring, or after the poll interval, hand over what is new. Switches."""
+        told = ""
+        while True:
+            self._wake.wait(self._settings.poll_seconds)
+            self._wake.clear()
+            try:
+                while self._hand_over():
+                    gevent.sleep(PAUSE_SECONDS)
+                failure = self._failure
+            except (*_Failure, BrokerUnavailable) as error:
+                failure = str(error)  # what was missed meanwhile is read later
+            told = self._tell(told, failure)
+            if failure:
+                gevent.sleep(PAUSE_SECONDS)
+
+    def _tell(self, told: str, failure: str) -> str:
+        """Log a failure once, and its end. The threads may not log: this greenlet speaks for the keeper too."""
+        if failure and failure != told:
+            logger.error("broker failing", extra={"reason": failure})
+        if told and not failure:
+            logger.info("broker recovered")
+        return failure
+
+    def _hand_over(self) -> bool:
+        """One stretch of events to the hub; whether there may be more. Atomic: no switch."""
+        log = self._open()
+        events, more = log.since(self._last.seq, READ_EVENTS)
+        if not events:
+            return False
+        first, last = events[0].seq, events[-1].seq
+        if first != self._last.seq + 1 and log.lost_between(self._last.seq, first):
+            self._reset(Position(log.epoch, first - 1))
+        self._last = Position(log.epoch, last)
+        self._deliver(events)
+        return more
+
+    def _unavailable(self, verb: str, error: Exception) -> BrokerUnavailable:
+        return BrokerUnavailable(f"cannot {verb} the log {self.path}: {error}")
+
+    # -- the writer thread: no gevent, no logging below this line
+
+    def _write(self) -> None:
+        log: Log | None = None
+        lock: FileLock | None = None
+        while (jobs := self._next_jobs())[-1] is not None:
+            try:
+                lock = lock or self._open_lock()
+                with lock:
+                    if log is None or not log.is_current():
+                        log = self._reopen(log)
+                    self._commit(log, jobs)
+            except Exception as error:  # the top of a thread: every job must be answered
+                for job in jobs:
+                    job.error = error
+                if isinstance(error, sqlite3.DatabaseError) and log is not None:
+                    log.close()
+                    log = None
+            self._finish(jobs)
+            if self._doorbell is not None:
+                self._doorbell.ring()
+        for closing in (log, lock):
+            if closing is not None:
+                closing.close()
+        self._stopped.append("writer")
+
+    def _next_jobs(self) -> list[Any]:
+        """Wait for an append, and take those that wait behind it. The last is None when it is time to stop."""
+        jobs: list[_Append | None] = [self._queue.get()]
+        count = 0
+        with contextlib.suppress(Empty):
+            while jobs[-1] is not None and count < GROUP_EVENTS:
+                count += len(jobs[-1].drafts)
+                jobs.append(self._queue.get_nowait())
+        if jobs[-1] is None and len(jobs) > 1:
+            self._queue.put(jobs.pop())
+        return jobs
+
+    def _open_lock(self) -> FileLock:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(lock_path(self.path))
+
+    def _reopen(self, log: Log | None) -> Log:
+        if log is not None:
+            log.close()
+        return Log(self.path, time.time(), full_sync=self._settings.sync == "full", locked=True)
+
+    def _commit(self, log: Log, jobs: list[_Append]) -> None:
+        now = time.time()
+        with log.transaction():
+            fresh: list[_Append] = []
+            seen: dict[str, _Append] = {}
+            for job in jobs:
+                if job.key is not None and job.key in seen:
+                    continue
+                stretch = log.answered(job.key, now - self._settings.idempotency_seconds) if job.key else None
+                if stretch is not None:
+                    job.positions = _positions(log.epoch, stretch)
+                    continue
+                fresh.append(job)
+                if job.key is not None:
+                    seen[job.key] = job
+            self._add(log, fresh, now)
+            for job in jobs:
+                if job.key in seen and job.key is not None:
+                    job.positions = seen[job.key].positions
+            if not any(job.drafts for job in fresh):
+                log.probe(now)
+
+    def _add(self, log: Log, jobs: list[_Append], now: float) -> None:
+        first, _ = log.add([draft for job in jobs for draft in job.drafts], now)
+        for job in jobs:
+            stretch = Stretch((first, len(job.drafts)))
+            job.positions = _positions(log.epoch, stretch)
+            if job.key is not None:
+                log.remember(job.key, stretch, now)
+            first += len(job.drafts)
+
+    def _finish(self, jobs: list[_Append]) -> None:
+        self._done.extend(jobs)
+        self._finished.send()
+
+    # -- the keeper thread
+
+    def _keep(self) -> None:
+        keeper: Keeper | None = None
+        while True:
+            with contextlib.suppress(Empty):
+                self._keeper_queue.get(timeout=ROUND_SECONDS)
+                break
+            try:
+                keeper = keeper or Keeper(self.path, self._settings, _sleep)
+                keeper.round(time.time())
+                self._failure = ""
+            except Exception as error:  # the top of a thread: it says so, and tries again next round
+                self._failure = f"cannot keep the log {self.path}: {error}"
+        if keeper is not None:
+            keeper.close()
+        self._stopped.append("keeper")
+
+
+def _path(place: str) -> Path:
+    path = Path(place.removeprefix("//") or f"var/{DEFAULT_NAME}")
+    return path / DEFAULT_NAME if place.endswith("/") or path.is_dir() else path.absolute()
+
+
+def _positions(epoch: str, stretch: Stretch) -> list[Position]:
+    first, count = stretch
+    return [Position(epoch, seq) for seq in range(first, first + count)]

@@ -1,0 +1,334 @@
+"""The log as one SQLite file: its schema and every statement that touches it. No threads, no gevent, no clock.
+
+    events     one row per event; `seq` is its place in the order. `topics` joined by LF, which no topic contains.
+    history    (topic, seq) for each event that a topic's history holds. `key` only for `keep: latest`: the unique
+               index over it makes a new row take the place of the older one.
+    marks      per topic, the newest sequence that retention took. `forgotten` in meta stands for the topics
+               without a row.
+    answers    Idempotency-Key -> the stretch of sequences that it was answered with.
+    meta       epoch, forgotten, probe.
+
+Rows of many events go in by one statement: each step of a statement gives up Python's global lock, and taking it
+back from a busy loop can cost milliseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pushsvc.brokers.base import Page
+from pushsvc.event import KEEP_ALL, KEEP_LATEST, KEEP_NONE, Draft, Event
+from pushsvc.position import new_epoch
+
+PAGE_BYTES = 1 << 20
+SCHEMA_VERSION = 1
+_KEEPS = (KEEP_ALL, KEEP_LATEST, KEEP_NONE)
+_KEEP_NUMBER = {keep: number for number, keep in enumerate(_KEEPS)}
+_STRIDES = (256, 16, 1)  # rows per INSERT: few sizes, so that their statements stay prepared
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta(name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS events(
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, topics TEXT NOT NULL, event TEXT NOT NULL,
+    data TEXT NOT NULL, keep INTEGER NOT NULL, key TEXT NOT NULL, retry INTEGER);
+CREATE INDEX IF NOT EXISTS events_passing ON events(seq) WHERE keep <> 0;
+CREATE TABLE IF NOT EXISTS history(
+    topic TEXT NOT NULL, seq INTEGER NOT NULL, key TEXT, PRIMARY KEY(topic, seq)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS history_seq ON history(seq);
+CREATE UNIQUE INDEX IF NOT EXISTS history_latest ON history(topic, key) WHERE key IS NOT NULL;
+CREATE TABLE IF NOT EXISTS marks(topic TEXT PRIMARY KEY, seq INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS answers(
+    key TEXT PRIMARY KEY, first INTEGER NOT NULL, count INTEGER NOT NULL, at REAL NOT NULL) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS answers_at ON answers(at);
+"""
+_COLUMNS = "seq, at, topics, event, data, keep, key, retry"
+
+
+class Stretch(tuple[int, int]):
+    """(first, count): the sequences first, first + 1, … of one append."""
+
+
+class FileLock:
+    """An advisory lock on a file: waiters sleep in the kernel and are woken at once, where SQLite's own would poll."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def __enter__(self) -> None:
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+
+    def __exit__(self, *exc: object) -> None:
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def try_take(self) -> bool:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def lock_path(path: Path) -> Path:
+    return path.with_name(path.name + ".lock")
+
+
+class Log:
+    """One connection to the log. Raises sqlite3.Error and OSError as they come; the broker translates them.
+
+    now: seconds since 1970, the epoch of a new log. busy_seconds: how long a statement waits for another process.
+    locked: whether the caller holds the file lock.
+    `identity` tells whether the file under `path` is still the one that was opened.
+    """
+
+    def __init__(self, path: Path, now: float, *, full_sync: bool = False, busy_seconds: float = 5.0,
+                 locked: bool = False) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if locked:
+            self.connection = self._open(now, full_sync, busy_seconds)
+        else:
+            with contextlib.closing(FileLock(lock_path(path))) as lock, lock:
+                self.connection = self._open(now, full_sync, busy_seconds)
+        self.identity = _identity(path)
+        self.epoch = str(self.value("epoch"))
+
+    def _open(self, now: float, full_sync: bool, busy_seconds: float) -> sqlite3.Connection:
+        if not self.path.exists():  # what a deleted log left behind is not this log's
+            for suffix in ("-wal", "-shm"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(f"{self.path}{suffix}")
+        connection = sqlite3.connect(self.path, timeout=busy_seconds, isolation_level=None, check_same_thread=False)
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute(f"PRAGMA synchronous={'FULL' if full_sync else 'NORMAL'}")
+            connection.execute("PRAGMA wal_autocheckpoint=0")
+            connection.execute("PRAGMA cache_size=-8192")
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, SCHEMA_VERSION):
+                raise sqlite3.DatabaseError(f"its schema is version {version}, this program's {SCHEMA_VERSION}")
+            if version == 0:
+                first = f"INSERT INTO meta VALUES('epoch', '{new_epoch(int(now * 1000))}'), ('forgotten', 0);"
+                connection.executescript(
+                    f"BEGIN IMMEDIATE; {_SCHEMA} {first} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def is_current(self) -> bool:
+        """Whether the file was neither deleted nor replaced since."""
+        return _identity(self.path) == self.identity
+
+    def close(self) -> None:
+        self.connection.close()
+
+    def value(self, name: str) -> Any:
+        return self.connection.execute("SELECT value FROM meta WHERE name=?", (name,)).fetchone()[0]
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """One write transaction: all or nothing."""
+        self.connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self.connection.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                self.connection.execute("ROLLBACK")
+            raise
+
+    # -- writing: inside a transaction
+
+    def answered(self, key: str, since: float) -> Stretch | None:
+        """What `key` was answered with after `since`."""
+        row = self.connection.execute("SELECT first, count FROM answers WHERE key=? AND at>?", (key, since)).fetchone()
+        return Stretch(row) if row else None
+
+    def remember(self, key: str, stretch: Stretch, now: float) -> None:
+        self.connection.execute("INSERT OR REPLACE INTO answers VALUES(?, ?, ?, ?)", (key, *stretch, now))
+
+    def last(self) -> int:
+        """The newest sequence ever given, 0 for none: also after its event is gone."""
+        row = self.connection.execute("SELECT seq FROM sqlite_sequence WHERE name='events'").fetchone()
+        return int(row[0]) if row else 0
+
+    def add(self, drafts: Sequence[Draft], now: float) -> Stretch:
+        """Append `drafts`; the stretch of their sequences."""
+        first = self.last() + 1
+        events: list[tuple[object, ...]] = []
+        history: list[tuple[object, ...]] = []
+        for seq, draft in enumerate(drafts, first):
+            events.append((seq, now, "\n".join(draft.topics), draft.event, draft.data, _KEEP_NUMBER[draft.keep],
+                           draft.key, draft.retry))
+            if draft.keep != KEEP_NONE:
+                key = draft.key if draft.keep == KEEP_LATEST else None
+                history += [(topic, seq, key) for topic in draft.topics]
+        self._insert("INSERT INTO events VALUES", events)
+        self._insert("INSERT OR REPLACE INTO history VALUES", history)
+        return Stretch((first, len(drafts)))
+
+    def _insert(self, verb: str, rows: list[tuple[object, ...]]) -> None:
+        start = 0
+        for stride in _STRIDES:
+            while len(rows) - start >= stride:
+                values = [value for row in rows[start : start + stride] for value in row]
+                mark = "(" + ",".join("?" * len(rows[start])) + ")"
+                self.connection.execute(f"{verb} {','.join([mark] * stride)}", values)
+                start += stride
+
+    def probe(self, now: float) -> None:
+        """Write a little: raises if the log cannot be written."""
+        self.connection.execute("INSERT OR REPLACE INTO meta VALUES('probe', ?)", (now,))
+
+    # -- reading
+
+    def since(self, seq: int, limit: int) -> tuple[list[Event], bool]:
+        """The first `limit` events after `seq`, of any topic, those that are in no history too; whether more follow."""
+        rows = self.connection.execute(f"SELECT {_COLUMNS} FROM events WHERE seq>? ORDER BY seq LIMIT ?", (seq, limit))
+        page, full = _within_bytes(rows)
+        return page, full or len(page) == limit
+
+    def history(self, topics: Sequence[str], after: int, limit: int) -> Page:
+        """As the broker contract says: page and marks are read at one moment."""
+        self.connection.execute("BEGIN")
+        try:
+            seqs = self._history_seqs(topics, after, limit + 1)
+            which = ",".join(map(str, seqs[:limit]))
+            rows = self.connection.execute(f"SELECT {_COLUMNS} FROM events WHERE seq IN ({which}) ORDER BY seq")
+            events, _ = _within_bytes(rows)
+            missing = self._missing(topics, after)
+        finally:
+            self.connection.execute("COMMIT")
+        return Page(events, len(events) < len(seqs), missing)
+
+    def _history_seqs(self, topics: Sequence[str], after: int, limit: int) -> list[int]:
+        found: set[int] = set()
+        for topic in topics:
+            rows = self.connection.execute(
+                "SELECT seq FROM history WHERE topic=? AND seq>? ORDER BY seq LIMIT ?", (topic, after, limit))
+            found.update(seq for seq, in rows)
+        return sorted(found)[:limit]
+
+    def _missing(self, topics: Sequence[str], after: int) -> int:
+        forgotten = int(self.value("forgotten"))
+        newest = 0
+        for topic in topics:
+            row = self.connection.execute("SELECT seq FROM marks WHERE topic=?", (topic,)).fetchone()
+            newest = max(newest, row[0] if row else forgotten)
+        return newest if newest > after else 0
+
+    def lost_between(self, after: int, before: int) -> bool:
+        """Whether retention has taken events of the stretch between two sequences, both exclusive."""
+        marked = self.connection.execute("SELECT 1 FROM marks WHERE seq>? LIMIT 1", (after,)).fetchone()
+        return before > after + 1 and (marked is not None or int(self.value("forgotten")) > after)
+
+    # -- retention: inside a transaction, in bites
+
+    def topics_since(self, seq: int, upto: int) -> list[tuple[str, int]]:
+        """(topic, events added to its history) for the stretch after `seq` up to `upto`."""
+        return self.connection.execute(
+            "SELECT topic, count(*) FROM history WHERE seq>? AND seq<=? GROUP BY topic", (seq, upto)).fetchall()
+
+    def count(self, topic: str) -> int:
+        return int(self.connection.execute("SELECT count(*) FROM history WHERE topic=?", (topic,)).fetchone()[0])
+
+    def trim_topic(self, topic: str, surplus: int) -> int:
+        """Take the `surplus` oldest events out of one topic's history; how many went."""
+        row = self.connection.execute(
+            "SELECT seq FROM history WHERE topic=? ORDER BY seq LIMIT 1 OFFSET ?", (topic, surplus - 1)).fetchone()
+        if row is None:
+            return 0
+        self.connection.execute(
+            "INSERT INTO marks VALUES(?1, ?2) ON CONFLICT DO UPDATE SET seq=max(seq, ?2)", (topic, row[0]))
+        seqs = [seq for seq, in self.connection.execute(
+            "DELETE FROM history WHERE topic=? AND seq<=? RETURNING seq", (topic, row[0]))]
+        self._delete_unheld(f"seq IN ({','.join(map(str, seqs))})")
+        return len(seqs)
+
+    def trim_before(self, seq: int) -> int:
+        """Take every event up to `seq` out of every history; how many went."""
+        self.connection.execute(
+            "INSERT INTO marks SELECT topic, max(seq) FROM history WHERE seq<=? GROUP BY topic "
+            "ON CONFLICT DO UPDATE SET seq=max(marks.seq, excluded.seq)", (seq,))
+        self.connection.execute("DELETE FROM history WHERE seq<=?", (seq,))
+        return self.connection.execute("DELETE FROM events WHERE seq<=?", (seq,)).rowcount
+
+    def sweep_passing(self, after: int, before_at: float, limit: int) -> int:
+        """Delete events that are in no history (keep: none, superseded latest) from the `limit` rows of such kinds
+        after `after`, if older than `before_at`; the last sequence looked at, 0 at the end."""
+        rows = self.connection.execute(
+            "SELECT seq FROM events WHERE keep<>0 AND seq>? AND at<? ORDER BY seq LIMIT ?", (after, before_at, limit))
+        seqs = [seq for seq, in rows]
+        self._delete_unheld(f"seq IN ({','.join(map(str, seqs))})")
+        return seqs[-1] if len(seqs) == limit else 0
+
+    def _delete_unheld(self, which: str) -> None:
+        self.connection.execute(
+            f"DELETE FROM events WHERE {which} AND NOT EXISTS (SELECT 1 FROM history h WHERE h.seq=events.seq)")
+
+    def oldest(self, limit: int) -> list[tuple[int, float]]:
+        """(seq, at) of the oldest events."""
+        return self.connection.execute("SELECT seq, at FROM events ORDER BY seq LIMIT ?", (limit,)).fetchall()
+
+    def forget_answers(self, before_at: float, limit: int) -> int:
+        return self.connection.execute(
+            "DELETE FROM answers WHERE key IN (SELECT key FROM answers WHERE at<? LIMIT ?)", (before_at, limit)).rowcount
+
+    def forget_marks(self, most: int, limit: int) -> int:
+        """Keep at most about `most` marks: the oldest go into one mark for all topics without one; how many went."""
+        count = self.connection.execute("SELECT count(*) FROM marks").fetchone()[0]
+        if count <= most:
+            return 0
+        row = self.connection.execute("SELECT seq FROM marks ORDER BY seq LIMIT 1 OFFSET ?", (limit,)).fetchone()
+        self.connection.execute("UPDATE meta SET value=max(value, ?) WHERE name='forgotten'", row)
+        return self.connection.execute("DELETE FROM marks WHERE seq<=?", row).rowcount
+
+    def used_bytes(self) -> int:
+        """What the events take in the file: its pages but for the free ones."""
+        pages, free, size = (self.connection.execute(f"PRAGMA {name}").fetchone()[0]
+                             for name in ("page_count", "freelist_count", "page_size"))
+        return int((pages - free) * size)
+
+    def checkpoint(self, mode: str = "PASSIVE") -> None:
+        """Move the WAL's pages into the file; PASSIVE waits for nobody, TRUNCATE also empties the WAL."""
+        self.connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
+
+    def wal_bytes(self) -> int:
+        try:
+            return os.stat(f"{self.path}-wal").st_size
+        except FileNotFoundError:
+            return 0
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _event(row: tuple[Any, ...]) -> Event:
+    seq, at, topics, event, data, keep, key, retry = row
+    return Event(seq, at, tuple(topics.split("\n")), event, data, _KEEPS[keep], key, retry)
+
+
+def _within_bytes(rows: sqlite3.Cursor) -> tuple[list[Event], bool]:
+    """Events until their data is a page full, one at least; whether that was the reason to stop."""
+    events: list[Event] = []
+    total = 0
+    for row in rows:
+        total += len(row[4])
+        if total > PAGE_BYTES and events:
+            rows.close()
+            return events, True
+        events.append(_event(row))
+    return events, False

@@ -1,0 +1,337 @@
+"""The hub: this process's table of topics and subscriptions. It takes events from the broker and offers their frames.
+
+A fan-out goes by groups: what is pending for a group is one bundle of events, and equal bundles are one object, so
+bytes are joined once and shared. Large groups are served in slices, small ones first, so that nobody waits for a
+broadcast.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import gevent
+from gevent.event import Event as Signal
+
+from pushsvc.brokers.base import Broker
+from pushsvc.bundle import Bundle, Wire
+from pushsvc.event import Event
+from pushsvc.mailbox import Letter, Mailbox
+from pushsvc.metrics import Metrics
+from pushsvc.position import Position
+from pushsvc.settings import Settings
+from pushsvc.subscription import Group, State, Subscription
+from pushsvc.wheel import Wheel
+
+SLICE_SECONDS = 0.003  # how long a fan-out runs before it gives way
+TURN_STREAMS = 64  # how many streams of a large group between two looks at the clock
+SMALL_GROUP = 64  # groups up to this size go before larger ones
+TICK_SECONDS = 0.25
+DRAIN_PER_SECOND = 500  # a worker with few streams drains faster than the window
+YIELD_SECONDS = 0.00001  # a timer, not sleep(0): the loop polls its sockets in between
+
+GONE, SLOW, ROTATE, EXPIRED, DRAIN, LOST, UNAVAILABLE = (
+    "gone", "slow", "rotate", "expired", "drain", "lost", "unavailable")
+logger = logging.getLogger(__name__)
+
+
+class Hub:
+    """`start()` begins to serve, with the broker that it then hears from. Clocks come in: `clock` for spans (seconds),
+    `wall` for the tokens' times (seconds since 1970)."""
+
+    def __init__(self, settings: Settings, metrics: Metrics, *, clock: Callable[[], float] = time.monotonic,
+                 wall: Callable[[], float] = time.time) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        self.clock = clock
+        self.wall = wall
+        self.epoch = ""
+        self.draining = False
+        self.now = clock()
+        self._topics: dict[str, list[Group]] = {}
+        self._groups: dict[tuple[tuple[str, ...], bool], Group] = {}
+        self._subscriptions: set[Subscription] = set()
+        self._naming = 0
+        self._small: deque[Group] = deque()
+        self._large: deque[Iterator[int]] = deque()
+        self._pending = Signal()
+        self._wheel: Wheel[Subscription] = Wheel(TICK_SECONDS, settings.heartbeat_seconds, self.now)
+        self._greenlets: list[gevent.Greenlet] = []
+        self._broker: Broker | None = None
+
+    def __len__(self) -> int:
+        return len(self._subscriptions)
+
+    def start(self, broker: Broker) -> None:
+        self._broker = broker
+        self._greenlets = [gevent.spawn(self._fan_out), gevent.spawn(self._turn), gevent.spawn(self._measure)]
+        broker.start(self.deliver, self.reset)
+
+    def stop(self) -> None:
+        gevent.killall(self._greenlets)
+
+    # -- subscriptions
+
+    def subscribe(self, topics: Iterable[str], envelope: bool, **about: object) -> Subscription:
+        """A subscription to `topics`, not attached yet. `about`: what Subscription keeps of its client."""
+        unique = tuple(dict.fromkeys(topics))
+        group = self._groups.get((unique, envelope)) or Group(unique, envelope)
+        mailbox = Mailbox(self.settings.mailbox_events, self.settings.mailbox_bytes)
+        return Subscription(group, mailbox, **about)  # type: ignore[arg-type]
+
+    def attach(self, subscription: Subscription) -> None:
+        """From now on every event of its topics is offered to it. Atomic: no switch."""
+        group = subscription.group
+        group = subscription.group = self._groups.setdefault((group.topics, group.envelope), group)
+        if not group.members:
+            for topic in group.topics:
+                self._join(topic, group)
+        group.members.add(subscription)
+        self._subscriptions.add(subscription)
+        self._naming += len(group.topics)
+        self.metrics.counts.opened += 1
+        self._begin(subscription)
+
+    def detach(self, subscription: Subscription) -> None:
+        """It is offered nothing any more, and nothing here knows it. Idempotent. Atomic: no switch."""
+        if subscription not in self._subscriptions:
+            return
+        group = subscription.group
+        self._subscriptions.discard(subscription)
+        group.members.discard(subscription)
+        self._naming -= len(group.topics)
+        if not group.members:
+            del self._groups[group.topics, group.envelope]
+            for topic in group.topics:
+                self._leave(topic, group)
+
+    def close(self, subscription: Subscription, reason: str, retry_ms: int | None = None) -> None:
+        """End a stream: its greenlet sends what waits, then the farewell. Idempotent, never raises. Atomic."""
+        if subscription.state is State.CLOSED:
+            return
+        subscription.state = State.CLOSED
+        subscription.reason = reason
+        subscription.retry_ms = retry_ms
+        self.metrics.counts.evicted[reason] += 1
+        if reason == SLOW:
+            subscription.mailbox.clear()
+            if subscription.abort is not None:
+                subscription.abort()
+        subscription.mailbox.close()
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("stream closed", extra={"reason": reason, "address": subscription.address,
+                                                 "user": subscription.user, "cursor": subscription.cursor})
+
+    def evict(self, subscriptions: Iterable[Subscription], reason: str) -> None:
+        """Close several at once; their clients come back spread over the come-back time."""
+        for subscription in list(subscriptions):
+            self.close(subscription, reason, self.comeback_ms())
+
+    def is_full(self) -> bool:
+        """Whether a further stream has no place here: the bound is reached, or the worker drains."""
+        most = self.settings.max_streams
+        return self.draining or (most > 0 and len(self._subscriptions) >= most)
+
+    def _join(self, topic: str, group: Group) -> None:
+        groups = self._topics.get(topic)
+        if groups is None:
+            self._topics[topic] = [group]
+            if self._broker is not None:
+                self._broker.watch([topic])
+        else:
+            groups.append(group)
+
+    def _leave(self, topic: str, group: Group) -> None:
+        groups = self._topics[topic]
+        groups.remove(group)
+        if not groups:
+            del self._topics[topic]
+            if self._broker is not None:
+                self._broker.unwatch([topic])
+
+    def _begin(self, subscription: Subscription) -> None:
+        subscription.since = subscription.sent = self.now
+        if rotate := self.settings.rotate_seconds:
+            subscription.rotates = self.now + rotate * random.uniform(0.9, 1.1)
+        self._wheel.add(subscription, self._due(subscription))
+
+    # -- from the broker
+
+    def reset(self, position: Position) -> None:
+        """What follows does not join what came before: all streams end and resume by id, and are told the gap."""
+        if self.epoch:
+            logger.warning("log interrupted", extra={"position": str(position), "streams": len(self)})
+            self.evict(self._subscriptions, LOST)
+        for group in self._groups.values():
+            group.pending = None
+        self.epoch = position.epoch
+
+    def deliver(self, events: Sequence[Event]) -> None:
+        """Note for every group what is pending, and wake the fan-out. Atomic: no switch."""
+        self.metrics.counts.received += len(events)
+        root = Bundle()
+        for event in events:
+            wire = Wire(event, self.epoch)
+            for topic in event.topics:
+                for group in self._topics.get(topic, ()):
+                    self._note(group, root, wire)
+        if self._small or self._large:
+            self._pending.set()
+
+    def _note(self, group: Group, root: Bundle, wire: Wire) -> None:
+        pending = group.pending
+        if pending is None:
+            group.pending = root.extended(wire)
+            if not group.served:
+                self._queue(group)
+        elif pending.wire is not wire:  # not by another of its topics already
+            group.pending = pending.extended(wire)
+
+    def _queue(self, group: Group) -> None:
+        if len(group.members) <= SMALL_GROUP:
+            self._small.append(group)
+        else:
+            group.served = True
+            self._large.append(self._serve(group))
+
+    # -- the fan-out
+
+    def _fan_out(self) -> None:
+        """Serve the groups that have something pending: small ones first, large ones in turns, and give way to the
+        loop every few milliseconds. Switches."""
+        while True:
+            self._pending.wait()
+            self._pending.clear()
+            until = self.clock() + SLICE_SECONDS
+            while self._small or self._large:
+                if self._small:
+                    self._serve_small(until)
+                else:
+                    self._serve_a_turn()
+                if self.clock() > until:
+                    gevent.sleep(YIELD_SECONDS)
+                    until = self.clock() + SLICE_SECONDS
+
+    def _serve_small(self, until: float) -> None:
+        """Serve small groups until there are none or the slice ends. Atomic: no switch."""
+        oldest = self.wall()
+        while self._small and self.clock() < until:
+            group = self._small.popleft()
+            bundle, group.pending = group.pending, None
+            if bundle is not None:
+                self._offer(group.members, bundle.letters(group.topics, group.envelope))
+                oldest = min(oldest, bundle.first_at)
+        self.metrics.sent(self.wall() - oldest)
+
+    def _serve_a_turn(self) -> None:
+        """Serve one turn of the first large group. Atomic: no switch."""
+        serving = self._large.popleft()
+        if next(serving, None):
+            self._large.append(serving)
+
+    def _serve(self, group: Group) -> Iterator[int]:
+        """Offer what is pending for a large group to its members, some at each step."""
+        bundle, group.pending = group.pending, None
+        if bundle is None:
+            group.served = False
+            return
+        letters = bundle.letters(group.topics, group.envelope)
+        members = list(group.members)
+        for start in range(0, len(members), TURN_STREAMS):
+            if start:
+                yield start
+            self._offer(members[start : start + TURN_STREAMS], letters)
+        self.metrics.sent(self.wall() - bundle.first_at)
+        group.served = False
+        if group.pending is not None:
+            self._queue(group)
+
+    def _offer(self, members: Iterable[Subscription], letters: list[Letter]) -> None:
+        for subscription in members:
+            if subscription.state is State.CLOSED:
+                continue
+            if subscription.offer(letters):
+                self.metrics.counts.delivered += len(letters)
+            else:
+                self.close(subscription, SLOW, self.settings.retry_ms)
+
+    # -- time
+
+    def _turn(self) -> None:
+        """The wheel: heartbeats, ages and expiries, spread over the interval. Switches."""
+        while True:
+            gevent.sleep(TICK_SECONDS)
+            self.now = self.clock()
+            until = self.now + SLICE_SECONDS
+            for subscription in self._wheel.turn(self.now):
+                self._look_at(subscription)
+                if self.clock() > until:
+                    gevent.sleep(YIELD_SECONDS)
+                    until = self.clock() + SLICE_SECONDS
+
+    def _look_at(self, subscription: Subscription) -> None:
+        if subscription.state is State.CLOSED:
+            return
+        if subscription.expires and subscription.expires <= self.wall():
+            self.close(subscription, EXPIRED, self.settings.retry_ms)
+        elif subscription.rotates and subscription.rotates <= self.now:
+            self.close(subscription, ROTATE, self.comeback_ms())
+        else:
+            if self.now - subscription.sent >= self.settings.heartbeat_seconds - TICK_SECONDS:
+                subscription.sent = self.now
+                subscription.mailbox.nudge()
+            self._wheel.add(subscription, self._due(subscription))
+
+    def _due(self, subscription: Subscription) -> float:
+        due = subscription.sent + self.settings.heartbeat_seconds
+        if subscription.expires:
+            due = min(due, self.now + max(0.0, subscription.expires - self.wall()))
+        return min(due, subscription.rotates) if subscription.rotates else due
+
+    def _measure(self) -> None:
+        """Once a second: how late the loop is, and the figures for the metrics. Switches."""
+        while True:
+            due = self.clock() + 1.0
+            gevent.sleep(1.0)
+            self.metrics.lagged(self.clock() - due)
+            self.flush()
+
+    def flush(self) -> None:
+        """Give the present figures to the metrics. Atomic: no switch."""
+        depths = self._broker.depths() if self._broker else {}
+        queues = {"fan_out": len(self._small) + len(self._large), **depths,
+                  "mailboxes": sum(len(each.mailbox.queue) for each in self._subscriptions)}
+        self.metrics.gauge(len(self._subscriptions), self._naming, len(self._topics), queues)
+        self.metrics.flush()
+
+    # -- the end
+
+    def drain(self) -> None:
+        """End every stream, spread over the drain window or faster if they are few, each told another time to come
+        back. New streams are refused from the first moment. Switches."""
+        self.draining = True
+        streams = list(self._subscriptions)
+        window = min(self.settings.drain_seconds, len(streams) / DRAIN_PER_SECOND)
+        logger.info("draining", extra={"streams": len(streams), "seconds": round(window, 1)})
+        begun = self.clock()
+        for count, subscription in enumerate(streams):
+            pause = begun + window * count / len(streams) - self.clock()
+            if pause > 0:
+                gevent.sleep(pause)
+            self.close(subscription, DRAIN, self.comeback_ms())
+        self._break_off(begun + self.settings.drain_seconds)
+
+    def _break_off(self, deadline: float) -> None:
+        """Wait until the farewells are sent; break the sends that frozen clients hold up. Switches."""
+        while self._subscriptions and self.clock() < deadline:
+            gevent.sleep(0.02)
+        for subscription in list(self._subscriptions):
+            if subscription.abort is not None:
+                subscription.abort()
+        logger.info("drained", extra={"broken_off": len(self._subscriptions)})
+
+    def comeback_ms(self) -> int:
+        return random.randint(1, self.settings.comeback_ms)

@@ -1,0 +1,114 @@
+"""The mailbox: what waits for one stream while its greenlet is busy, as a bounded gevent queue.
+
+It is filled by the hub, which never waits (`offer`), and emptied by the stream's greenlet, which does (`take`).
+It belongs to a stream that has a greenlet: one that opens, or whose socket is full.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from gevent.queue import SimpleQueue
+
+from pushsvc.event import KEEP_ALL, KEEP_NONE
+
+
+class Letter(NamedTuple):
+    """One frame on its way to one stream. `same`: what a newer letter must share to take this one's place, or None."""
+
+    seq: int
+    frame: bytes
+    keep: str
+    same: tuple[object, ...] | None
+
+
+class Mailbox(SimpleQueue):  # type: ignore[misc]
+    """Letters in position order, at most `most_events` of `most_bytes` together. Never waits when full: it says so.
+
+    What leaves first when room is needed: letters that are in no history (`keep: none`), oldest first.
+    A letter with `same` takes the place of the one that waits with an equal `same` (`keep: latest` and `none`).
+    """
+
+    def __init__(self, most_events: int, most_bytes: int) -> None:
+        self.most_events = most_events
+        self.most_bytes = most_bytes
+        self.bytes = 0
+        self.latest: dict[tuple[object, ...], int] = {}
+        self.closed = False
+        self.nudged = False
+        super().__init__()
+
+    def _create_queue(self, items: object = ()) -> dict[int, Letter]:
+        return {}
+
+    def _put(self, letter: Letter | None) -> None:
+        if letter is not None:
+            self.queue[letter.seq] = letter
+
+    def _qsize(self) -> int:
+        return len(self.queue) or int(self.nudged or self.closed)
+
+    def _peek(self) -> None:
+        return None
+
+    def offer(self, letter: Letter) -> bool:
+        """Add `letter`; False if it does not fit, and then the mailbox is as it was but for `none`. Atomic: no switch."""
+        if letter.same is not None and (older := self.latest.pop(letter.same, None)) is not None:
+            self._drop(older)
+        if not self._make_room(len(letter.frame)):
+            return letter.keep == KEEP_NONE
+        if letter.same is not None:
+            self.latest[letter.same] = letter.seq
+        self.bytes += len(letter.frame)
+        self.put(letter, block=False)
+        return True
+
+    def take(self) -> list[Letter]:
+        """All that waits, in position order; waits for the first. Empty after a nudge or when closed. Switches."""
+        self.peek()
+        self.nudged = False
+        letters = list(self.queue.values())
+        self.clear()
+        return letters
+
+    def clear(self) -> None:
+        """Forget what waits. Atomic: no switch."""
+        self.queue.clear()
+        self.latest.clear()
+        self.bytes = 0
+
+    def close(self) -> None:
+        """Wake the one that takes; what waits can still be taken. Idempotent. Atomic: no switch."""
+        if not self.closed:
+            self.closed = True
+            self.put(None, block=False)
+
+    def nudge(self) -> None:
+        """Wake the one that takes, with nothing: it is time for a heartbeat. Atomic: no switch."""
+        self.nudged = True
+        self.put(None, block=False)
+
+    def _make_room(self, size: int) -> bool:
+        if self._has_room(size):
+            return True
+        for letter in [letter for letter in self.queue.values() if letter.keep == KEEP_NONE]:
+            self._drop(letter.seq)
+            if letter.same is not None:
+                self.latest.pop(letter.same, None)
+            if self._has_room(size):
+                return True
+        return False
+
+    def _has_room(self, size: int) -> bool:
+        # One letter larger than the bound still goes through an empty mailbox: else such an event could never arrive.
+        return not self.queue or (len(self.queue) < self.most_events and self.bytes + size <= self.most_bytes)
+
+    def _drop(self, seq: int) -> None:
+        letter = self.queue.pop(seq, None)
+        if letter is not None:
+            self.bytes -= len(letter.frame)
+
+
+def replaces(event_topics: tuple[str, ...], key: str, keep: str) -> tuple[object, ...] | None:
+    """What makes two letters the same for a mailbox: topics and key of `latest` and `none`; None for `all`."""
+    return None if keep == KEEP_ALL else (event_topics, key)

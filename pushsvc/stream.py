@@ -1,0 +1,128 @@
+"""The stream: what one client reads, as a generator. Head, replay, live, farewell.
+
+Attach, then replay, then live: the subscription is in the hub, with its mailbox, before history is read; what the
+mailbox holds at or before the cursor is dropped. So there is no gap and no double, whatever is published meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+
+from pushsvc import hub as hubs
+from pushsvc import sse
+from pushsvc.brokers.base import Broker, Page
+from pushsvc.bundle import Wire
+from pushsvc.errors import BrokerUnavailable
+from pushsvc.hub import Hub
+from pushsvc.position import EARLIEST, Position, parse_position
+from pushsvc.subscription import State, Subscription
+
+PAGE_EVENTS = 500
+TRIMMED, EPOCH = "trimmed", "epoch"
+
+
+class Stream:
+    """The body of one response to a subscriber.
+
+    asked: the id to resume after, `earliest`, or "" for live only. Iterating it attaches the subscription; what ends
+    the iteration (the client, the hub, the server) detaches it. Switches.
+    """
+
+    def __init__(self, hub: Hub, broker: Broker, subscription: Subscription, asked: str) -> None:
+        self.hub = hub
+        self.broker = broker
+        self.subscription = subscription
+        self.asked = asked
+
+    def __iter__(self) -> Iterator[bytes]:
+        subscription = self.subscription
+        self.hub.attach(subscription)
+        try:
+            if (yield from self._opening()):
+                yield from self._live()
+            yield sse.farewell(subscription.reason, subscription.retry_ms)
+        finally:
+            self.hub.close(subscription, hubs.GONE)
+            self.hub.detach(subscription)
+
+    def _opening(self) -> Generator[bytes, None, bool]:
+        """Head and replay; whether the mailbox goes on where the cursor stands. Switches."""
+        try:
+            head = self.broker.head()
+            yield sse.head(self.hub.settings.retry_ms)
+            if not self.asked:
+                self.subscription.cursor = head.seq
+            elif not (yield from self._replay(head)):
+                return False
+        except BrokerUnavailable:
+            # Any answer but 200 ends an EventSource for good: this one comes back.
+            self.hub.close(self.subscription, hubs.UNAVAILABLE, self.hub.settings.retry_ms)
+            return False
+        if self.subscription.state is State.OPENING:
+            self.subscription.state = State.BEHIND
+        return True
+
+    def _replay(self, head: Position) -> Generator[bytes, None, bool]:
+        """History after the asked position, with a gap event where it has one; False if closed before its end.
+        Switches."""
+        after, gap = self._start(head)
+        subscription, topics = self.subscription, self.subscription.group.topics
+        subscription.cursor = after
+        whole = self.asked != EARLIEST  # who asks for all that is held is not told what is not
+        while subscription.state is State.OPENING:
+            subscription.overflowed = False
+            page = self.broker.history(topics, subscription.cursor, PAGE_EVENTS)
+            if gap or (page.missing and whole):
+                yield self._gap(page, head.epoch, gap)
+            if page.events:
+                subscription.cursor = page.events[-1].seq
+                yield self._frames(page, head.epoch)
+            gap, whole = "", True
+            if not page.more and not subscription.overflowed:
+                return True
+        return False
+
+    def _start(self, head: Position) -> tuple[int, str]:
+        """The sequence to read history after, and the id to tell as lost if it belongs to no history of ours."""
+        if self.asked == EARLIEST:
+            return 0, ""
+        position = parse_position(self.asked)
+        if position is None or position.epoch != head.epoch:
+            return 0, self.asked
+        if position.seq > head.seq:  # the log has lost its end: go on where it stands now
+            return head.seq, self.asked
+        return position.seq, ""
+
+    def _gap(self, page: Page, epoch: str, asked: str) -> bytes:
+        after = self.subscription.cursor
+        missing = max(page.missing, after)
+        goes_on = min(missing, page.events[0].seq - 1) if page.events else missing
+        self.subscription.cursor = goes_on
+        return sse.gap(asked or str(Position(epoch, after)), str(Position(epoch, missing)),
+                       EPOCH if asked else TRIMMED, str(Position(epoch, goes_on)))
+
+    def _frames(self, page: Page, epoch: str) -> bytes:
+        group = self.subscription.group
+        wires = [Wire(event, epoch) for event in page.events]
+        letters = [wire.letter_for(group.topics) if group.envelope else wire.letter() for wire in wires]
+        return b"".join(letter.frame for letter in letters)
+
+    def _live(self) -> Iterator[bytes]:
+        """What the mailbox holds, joined; a comment when it is nudged; until it is closed. Switches."""
+        subscription, mailbox = self.subscription, self.subscription.mailbox
+        while True:
+            letters = mailbox.take()
+            frames = [letter.frame for letter in letters if letter.seq > subscription.cursor]
+            if frames:
+                subscription.cursor = letters[-1].seq
+                subscription.sent = self.hub.now
+                yield b"".join(frames)
+            elif not letters and not mailbox.closed:
+                yield sse.HEARTBEAT
+            if mailbox.closed and not mailbox.queue:
+                return
+
+
+def refusal(retry_ms: int) -> Sequence[bytes]:
+    """The whole stream of a client that is to come back later: 200, a `retry:` and the end."""
+    return [sse.head(retry_ms), sse.farewell("full", None)]

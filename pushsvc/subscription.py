@@ -1,0 +1,80 @@
+"""Subscriptions: one client's registration in this process, and the groups of those that want the same bytes."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+
+from pushsvc.bundle import Bundle
+from pushsvc.mailbox import Letter, Mailbox
+
+
+class State(enum.IntEnum):
+    """Where a stream is in its life; always exactly one."""
+
+    OPENING = 1  # its request's greenlet runs: head, replay
+    PARKED = 2  # nobody waits for it but the hub
+    BEHIND = 3  # a greenlet drains its mailbox
+    CLOSED = 4
+
+
+class Group:
+    """All subscriptions of the same topics in the same wire form: what is pending for one is pending for all.
+
+    topics: as asked, without repetition. envelope: the wire form. members: the subscriptions. pending: what the next
+    fan-out brings them. served: a fan-out is under way; what comes meanwhile waits for the next.
+    """
+
+    __slots__ = ("topics", "envelope", "members", "pending", "served")
+
+    def __init__(self, topics: tuple[str, ...], envelope: bool) -> None:
+        self.topics = topics
+        self.envelope = envelope
+        self.members: set[Subscription] = set()
+        self.pending: Bundle | None = None
+        self.served = False
+
+
+class Subscription:
+    """One client: its group (topics and wire form), its cursor (the last sequence handed to it), its mailbox.
+
+    user: the token's `sub`, or None. expires: when its token does, seconds since 1970, or 0 for never. since, sent:
+    when it was opened and when it was last sent something, on the hub's clock. address: the client's, for the log.
+    reason: why it was closed. abort: breaks a send that a frozen client holds up.
+    """
+
+    __slots__ = ("group", "cursor", "mailbox", "state", "overflowed", "reason", "retry_ms", "user", "expires", "since",
+                 "sent", "rotates", "address", "abort")
+
+    def __init__(self, group: Group, mailbox: Mailbox, *, user: str | None = None, expires: float = 0,
+                 address: str = "", abort: Callable[[], None] | None = None) -> None:
+        self.group = group
+        self.mailbox = mailbox
+        self.user = user
+        self.expires = expires
+        self.address = address
+        self.abort = abort
+        self.cursor = 0
+        self.state = State.OPENING
+        self.overflowed = False
+        self.reason = ""
+        self.retry_ms: int | None = None
+        self.since = 0.0
+        self.sent = 0.0
+        self.rotates = 0.0
+
+    def offer(self, letters: list[Letter]) -> bool:
+        """Put what is after the cursor into the mailbox; False if the stream is too slow. Atomic: no switch.
+
+        A stream that still replays reads what does not fit from history instead: it is told by `overflowed`.
+        """
+        for letter in letters:
+            if letter.seq > self.cursor and not self.overflowed and not self.mailbox.offer(letter):
+                if self.state is not State.OPENING:
+                    return False
+                self.mailbox.clear()
+                self.overflowed = True
+        return True
+
+    def __repr__(self) -> str:
+        return f"<Subscription {self.state.name.lower()} topics={len(self.group.topics)} cursor={self.cursor}>"

@@ -1,0 +1,1 @@
+"""Views: parse, authorise, call the hub or the broker, build the response. Nothing is decided here that lasts."""

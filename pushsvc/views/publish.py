@@ -1,0 +1,186 @@
+"""`POST /publish`: one event as a form or a JSON object, or a batch as NDJSON. All is checked before it is done."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from flask import Blueprint, Response, request
+
+from pushsvc.auth import COOKIE, QUERY, Access, Grant
+from pushsvc.brokers.base import Broker
+from pushsvc.errors import BadRequest, BrokerUnavailable, UnsupportedMediaType
+from pushsvc.event import DEFAULT_TYPE, KEEP_ALL, Draft, check_name
+from pushsvc.hub import Hub
+from pushsvc.views.problems import refuse_foreign_pages
+from pushsvc.views.query import check_names, parse_pairs, single
+
+FORM, JSON, NDJSON = "application/x-www-form-urlencoded", "application/json", "application/x-ndjson"
+FIELDS = frozenset({"topic", "topics", "data", "event", "keep", "key", "retry"})
+_REPEATED = object()
+
+
+def blueprint(hub: Hub, broker: Broker, access: Access) -> Blueprint:
+    views = Blueprint("publish", __name__)
+    counts = hub.metrics
+
+    @views.post("/publish")
+    def publish() -> Response:
+        grant = _admit(access)
+        kind = _media_type(request.environ)
+        body = request.get_data(cache=False)
+        drafts = [_form(body)] if kind == FORM else [_json(body)] if kind == JSON else \
+            _lines(body, hub.settings.max_batch_events)
+        for draft in drafts:
+            grant.allow_publish(draft.topics)
+        try:
+            positions = broker.append(drafts, _key(request.environ, grant))
+        except BrokerUnavailable:
+            counts.counts.refused += 1
+            raise
+        counts.counts.published += len(positions)
+        if kind == NDJSON:
+            answer = '{"ids":["' + '","'.join(map(str, positions)) + '"]}'
+        else:
+            answer = f'{{"id":"{positions[-1]}"}}'
+        return Response(answer, content_type=JSON)
+
+    return views
+
+
+def _admit(access: Access) -> Grant:
+    environ = request.environ
+    query = environ.get("QUERY_STRING", "")
+    fields: dict[str, str] = {}
+    if query:
+        pairs = parse_pairs(query.encode("latin-1"), "the query")
+        check_names((name for name, _ in pairs), (QUERY,), "the query")
+        fields = single(pairs, "the query")
+    cookie = request.cookies.get(COOKIE) if "HTTP_COOKIE" in environ else None
+    grant = access.admit(environ.get("HTTP_AUTHORIZATION"), fields.get(QUERY), cookie, environ.get("REMOTE_ADDR", ""))
+    refuse_foreign_pages(access)
+    return grant
+
+
+def _media_type(environ: dict[str, Any]) -> str:
+    """FORM, JSON or NDJSON. Raises UnsupportedMediaType (RFC 9110, section 15.5.16)."""
+    text: str = environ.get("CONTENT_TYPE", "")
+    kind, _, parameters = text.partition(";")
+    kind = kind.strip().lower()
+    if kind not in (FORM, JSON, NDJSON):
+        raise UnsupportedMediaType(f"publish {FORM}, {JSON} or {NDJSON}, not {kind[:100]!r}",
+                                   {"Accept-Post": ", ".join((FORM, JSON, NDJSON))})
+    if parameters and parameters.strip().lower().replace('"', "") not in ("charset=utf-8", "charset=utf8"):
+        raise UnsupportedMediaType(f"the only parameter is charset=utf-8, not {parameters.strip()[:100]!r}")
+    if environ.get("HTTP_CONTENT_ENCODING", "identity").lower() != "identity":
+        raise UnsupportedMediaType("the body may not be encoded", {"Accept-Encoding": "identity"})
+    return kind
+
+
+def _key(environ: dict[str, Any], grant: Grant) -> str | None:
+    """The idempotency key, one name space per user: nobody can take another's answer."""
+    text = environ.get("HTTP_IDEMPOTENCY_KEY")
+    if text is None:
+        return None
+    try:
+        check_name("Idempotency-Key", text.encode("latin-1").decode())
+    except UnicodeDecodeError:
+        raise BadRequest("Idempotency-Key is not UTF-8") from None
+    return f"{grant.user or ''}\n{text}"
+
+
+def _form(body: bytes) -> Draft:
+    pairs = parse_pairs(body, "the form")
+    check_names((name for name, _ in pairs), FIELDS, "the form")
+    fields: dict[str, Any] = dict(single(pairs, "the form", lists=("topics",)))
+    topics = [value for name, value in pairs if name == "topics"]
+    if topics:
+        fields["topics"] = topics
+    retry = fields.get("retry")
+    if retry is not None:
+        if not (retry.isascii() and retry.isdigit() and len(retry) < 10):
+            raise BadRequest("retry is a whole number of milliseconds")
+        fields["retry"] = int(retry)
+    return _draft(fields)
+
+
+def _json(body: bytes) -> Draft:
+    fields = _parse(body)
+    if type(fields) is not dict:
+        raise BadRequest("the body is a JSON object")
+    if not fields.keys() <= FIELDS:
+        check_names(fields, FIELDS, "the event")
+    return _draft(fields)
+
+
+def _lines(body: bytes, most: int) -> list[Draft]:
+    lines = body.removesuffix(b"\n").split(b"\n")
+    if len(lines) > most:
+        raise BadRequest(f"a batch has at most {most} lines, not {len(lines)}")
+    drafts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            drafts.append(_json(line))
+        except BadRequest as error:
+            raise BadRequest(f"line {number}: {error.detail}") from None
+    return drafts
+
+
+def _parse(text: bytes) -> Any:
+    try:
+        return json.loads(text.decode(), object_pairs_hook=_object, parse_constant=_constant)
+    except UnicodeDecodeError:
+        raise BadRequest("the body is not UTF-8") from None
+    except RecursionError:
+        raise BadRequest("the JSON is nested too deep") from None
+    except ValueError as error:
+        raise BadRequest(f"the body is no JSON: {error}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise BadRequest(f"the field {next(name for name in names if names.count(name) > 1)[:100]!r} is repeated")
+    return found
+
+
+def _constant(name: str) -> None:
+    raise BadRequest(f"{name} is no JSON")
+
+
+def _draft(fields: dict[str, Any]) -> Draft:
+    """The draft that checked names give. Raises BadRequest for values of the wrong kind; Draft checks the rest."""
+    if "data" not in fields:
+        raise BadRequest("data is missing")
+    data = fields["data"]
+    retry = fields.get("retry")
+    if retry is not None and type(retry) is not int:
+        raise BadRequest("retry is a whole number of milliseconds")
+    return Draft(_topics(fields), data if type(data) is str else _serialised(data),
+                 _text(fields, "event", DEFAULT_TYPE), _text(fields, "keep", KEEP_ALL), _text(fields, "key", ""), retry)
+
+
+def _topics(fields: dict[str, Any]) -> tuple[str, ...]:
+    if ("topic" in fields) == ("topics" in fields):
+        raise BadRequest("give either topic or topics")
+    if "topic" in fields:
+        return (_text(fields, "topic", ""),)
+    topics = fields["topics"]
+    if type(topics) is not list or not all(type(topic) is str for topic in topics):
+        raise BadRequest("topics is a list of strings")
+    return tuple(topics)
+
+
+def _text(fields: dict[str, Any], name: str, default: str) -> str:
+    value = fields.get(name, default)
+    if type(value) is not str:
+        raise BadRequest(f"{name} is a string")
+    return value
+
+
+def _serialised(data: Any) -> str:
+    try:
+        return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        raise BadRequest("data has a number that JSON cannot carry") from None
