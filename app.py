@@ -17,7 +17,7 @@ from pushsvc.metrics import Metrics
 from pushsvc.settings import Settings
 from pushsvc.views import events, problems, publish, status
 
-DESCRIPTORS_KEPT = 200  # for listeners, the log, publishers and whoever asks for health
+DESCRIPTORS_KEPT = 64  # for listeners, the log and its threads
 logger = logging.getLogger("pushsvc")
 
 
@@ -63,5 +63,5 @@ def create_app(settings: Settings | None = None) -> Flask:
 def _bounded(settings: Settings) -> Settings:
     """`max_streams` 0 becomes what this process has descriptors for."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = max(1, soft - DESCRIPTORS_KEPT)
+    most = max(1, soft - settings.max_connections - DESCRIPTORS_KEPT)
     return replace(settings, max_streams=min(settings.max_streams or most, most))

@@ -3,6 +3,7 @@
 import os
 import resource
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -31,11 +32,12 @@ if _MULTIPROC not in os.environ:
 
 bind = [address.strip() for address in settings.bind.split(",")]
 workers = int(os.environ.get("WEB_CONCURRENCY") or os.cpu_count() or 1)
-worker_class = "gevent"
+worker_class = "pushsvc.worker.PushWorker"
 worker_connections = _hard
 reuse_port = True  # long-lived connections spread evenly: each worker has a queue of its own
 backlog = settings.backlog
 keepalive = settings.keepalive_seconds
+limit_request_line = 0  # as gunicorn-h1c bounds it, at 1 MiB: a stream may name a thousand topics
 graceful_timeout = settings.graceful_seconds
 preload_app = False  # the application belongs to its worker: threads and connections do not survive a fork
 control_socket_disable = True
@@ -93,10 +95,20 @@ pushsvc listens on {url}
 """, flush=True)
 
 
-def post_worker_init(worker):
-    from pushsvc.worker import watch_stop
+def post_fork(server, worker):
+    """A worker begins afresh: with the code as it is now, and with signals that end it until it has handlers of its own
+    (the master's, which it inherits, would swallow a stop)."""
+    for name in [name for name in sys.modules if name.startswith("pushsvc")]:
+        del sys.modules[name]  # what the master has loaded may be older than the files: a reload brings new code
+    for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
-    watch_stop(worker)
+
+def post_worker_init(worker):
+    if not hasattr(worker, "lot"):  # gunicorn's own gevent worker
+        from pushsvc.worker import watch_stop
+
+        watch_stop(worker)
 
 
 def child_exit(server, worker):
@@ -106,9 +118,10 @@ def child_exit(server, worker):
 
 
 def worker_exit(server, worker):
-    service = getattr(worker.wsgi, "extensions", {}).get("pushsvc") if hasattr(worker, "wsgi") else None
-    if service is not None and worker.pid == os.getpid():
-        service.close()
+    """In the worker, at its end. (gunicorn calls it in the master too, where nothing was loaded.)"""
+    application = getattr(worker, "application", getattr(worker, "wsgi", None))
+    if application is not None:
+        application.extensions["pushsvc"].close()
 
 
 def on_exit(server):

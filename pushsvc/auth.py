@@ -6,11 +6,13 @@ With a key every request brings a token (JWT, RFC 7519) as a bearer (RFC 6750), 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import jwt
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
@@ -94,7 +96,7 @@ def _load(key: str) -> tuple[Any, tuple[str, ...]]:
         return key.encode(), ("HS256", "HS384", "HS512")
     try:
         loaded = load_pem_public_key(key.encode())
-    except ValueError as error:
+    except (ValueError, UnsupportedAlgorithm) as error:
         raise SettingsError(f"PUSHSVC_JWT_KEY is no public key in PEM: {error}") from None
     if isinstance(loaded, rsa.RSAPublicKey):
         return loaded, ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
@@ -121,7 +123,8 @@ def _patterns(rights: dict[str, Any], verb: str) -> tuple[str, ...]:
 
 
 def _invalid(why: str) -> Unauthorized:
-    quoted = why.encode("ascii", "replace").decode().replace("\\", "").replace('"', "'")
+    # "must not include characters outside the set %x20-21 / %x23-5B / %x5D-7E" (RFC 6750, section 3); a token says these
+    quoted = re.sub(r"[^ !#-\[\]-~]", "?", why)
     return Unauthorized(f"the token does not hold: {why}",
                         {"WWW-Authenticate": f'{REALM}, error="invalid_token", error_description="{quoted}"'})
 

@@ -11,6 +11,8 @@ from pushsvc.settings import Settings
 
 def is_loopback(address: str) -> bool:
     """Whether an address (or a listening host) can be reached from this machine only."""
+    if address == "127.0.0.1":
+        return True
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:

@@ -38,13 +38,32 @@ class Wire:
         return Letter(event.seq, frame, event.keep, replaces(event.topics, event.key, event.keep))
 
 
+class Payload:
+    """A bundle in one wire form: its letters, and all of it as one ready chunk.
+
+    first, last: the sequences of its first and last event."""
+
+    __slots__ = ("letters", "chunk", "first", "last")
+
+    def __init__(self, letters: list[Letter]) -> None:
+        self.letters = letters
+        self.first = letters[0].seq
+        self.last = letters[-1].seq
+        self.chunk = sse.chunk(letters[0].frame if len(letters) == 1 else b"".join([each.frame for each in letters]))
+
+    def chunk_after(self, cursor: int) -> bytes:
+        """What a stream at `cursor` has not had, as one chunk; empty for nothing."""
+        frames = [letter.frame for letter in self.letters if letter.seq > cursor]
+        return sse.chunk(b"".join(frames)) if frames else b""
+
+
 class Bundle:
     """One event or more, in position order. Two groups that are given the same events hold the same bundle.
 
     wire: the newest event. first_at: when the oldest was appended, seconds since 1970.
     """
 
-    __slots__ = ("wire", "first_at", "_before", "_after", "_plain")
+    __slots__ = ("wire", "first_at", "_before", "_after", "_plain", "_payload")
 
     def __init__(self, wire: Wire | None = None, before: Bundle | None = None) -> None:
         self.wire = wire
@@ -52,6 +71,7 @@ class Bundle:
         self._before = before
         self._after: dict[int, Bundle] = {}
         self._plain: list[Letter] | None = None
+        self._payload: Payload | None = None
 
     def extended(self, wire: Wire) -> Bundle:
         """This bundle and `wire`."""
@@ -76,3 +96,11 @@ class Bundle:
         if self._plain is None:
             self._plain = [wire.letter() for wire in self.wires()]
         return self._plain
+
+    def payload(self, topics: Sequence[str], envelope: bool) -> Payload:
+        """The payload for a group; that of the plain form is made once for all groups."""
+        if envelope:
+            return Payload(self.letters(topics, envelope))
+        if self._payload is None:
+            self._payload = Payload(self.letters(topics, envelope))
+        return self._payload

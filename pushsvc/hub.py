@@ -12,14 +12,15 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
 
 import gevent
 from gevent.event import Event as Signal
 
 from pushsvc.brokers.base import Broker
-from pushsvc.bundle import Bundle, Wire
+from pushsvc.bundle import Bundle, Payload, Wire
 from pushsvc.event import Event
-from pushsvc.mailbox import Letter, Mailbox
+from pushsvc.mailbox import Mailbox
 from pushsvc.metrics import Metrics
 from pushsvc.position import Position
 from pushsvc.settings import Settings
@@ -38,6 +39,17 @@ GONE, SLOW, ROTATE, EXPIRED, DRAIN, LOST, UNAVAILABLE = (
 logger = logging.getLogger(__name__)
 
 
+class Lot(Protocol):
+    """What the hub needs of the parking lot: the streams that have no greenlet to take from a mailbox."""
+
+    def send(self, members: Iterable[Subscription], payload: Payload) -> list[Subscription]: ...
+    def beat(self, subscription: Subscription) -> None: ...
+    def leave(self, subscription: Subscription) -> None: ...
+    def break_off(self, subscription: Subscription) -> None: ...
+    @property
+    def behind(self) -> int: ...
+
+
 class Hub:
     """`start()` begins to serve, with the broker that it then hears from. Clocks come in: `clock` for spans (seconds),
     `wall` for the tokens' times (seconds since 1970)."""
@@ -50,6 +62,7 @@ class Hub:
         self.wall = wall
         self.epoch = ""
         self.draining = False
+        self.lot: Lot | None = None  # set by the worker that parks
         self.now = clock()
         self._topics: dict[str, list[Group]] = {}
         self._groups: dict[tuple[tuple[str, ...], bool], Group] = {}
@@ -116,11 +129,14 @@ class Hub:
         subscription.reason = reason
         subscription.retry_ms = retry_ms
         self.metrics.counts.evicted[reason] += 1
-        if reason == SLOW:
+        if reason == SLOW and subscription.mailbox is not None:
             subscription.mailbox.clear()
-            if subscription.abort is not None:
+        if subscription.fd >= 0 and self.lot is not None:
+            self.lot.leave(subscription)
+        elif subscription.mailbox is not None:
+            subscription.mailbox.close()
+            if reason == SLOW and subscription.abort is not None:
                 subscription.abort()
-        subscription.mailbox.close()
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("stream closed", extra={"reason": reason, "address": subscription.address,
                                                  "user": subscription.user, "cursor": subscription.cursor})
@@ -222,7 +238,7 @@ class Hub:
             group = self._small.popleft()
             bundle, group.pending = group.pending, None
             if bundle is not None:
-                self._offer(group.members, bundle.letters(group.topics, group.envelope))
+                self._offer(list(group.members), bundle.payload(group.topics, group.envelope))
                 oldest = min(oldest, bundle.first_at)
         self.metrics.sent(self.wall() - oldest)
 
@@ -238,19 +254,21 @@ class Hub:
         if bundle is None:
             group.served = False
             return
-        letters = bundle.letters(group.topics, group.envelope)
+        payload = bundle.payload(group.topics, group.envelope)
         members = list(group.members)
         for start in range(0, len(members), TURN_STREAMS):
             if start:
                 yield start
-            self._offer(members[start : start + TURN_STREAMS], letters)
+            self._offer(members[start : start + TURN_STREAMS], payload)
         self.metrics.sent(self.wall() - bundle.first_at)
         group.served = False
         if group.pending is not None:
             self._queue(group)
 
-    def _offer(self, members: Iterable[Subscription], letters: list[Letter]) -> None:
-        for subscription in members:
+    def _offer(self, members: list[Subscription], payload: Payload) -> None:
+        """Write to the parked, fill the mailboxes of the others. Atomic: no switch."""
+        letters = payload.letters
+        for subscription in self.lot.send(members, payload) if self.lot is not None else members:
             if subscription.state is State.CLOSED:
                 continue
             if subscription.offer(letters):
@@ -282,7 +300,10 @@ class Hub:
         else:
             if self.now - subscription.sent >= self.settings.heartbeat_seconds - TICK_SECONDS:
                 subscription.sent = self.now
-                subscription.mailbox.nudge()
+                if subscription.fd >= 0 and self.lot is not None:
+                    self.lot.beat(subscription)
+                elif subscription.mailbox is not None:
+                    subscription.mailbox.nudge()
             self._wheel.add(subscription, self._due(subscription))
 
     def _due(self, subscription: Subscription) -> float:
@@ -303,7 +324,7 @@ class Hub:
         """Give the present figures to the metrics. Atomic: no switch."""
         depths = self._broker.depths() if self._broker else {}
         queues = {"fan_out": len(self._small) + len(self._large), **depths,
-                  "mailboxes": sum(len(each.mailbox.queue) for each in self._subscriptions)}
+                  "behind": self.lot.behind if self.lot is not None else 0}
         self.metrics.gauge(len(self._subscriptions), self._naming, len(self._topics), queues)
         self.metrics.flush()
 
@@ -329,7 +350,9 @@ class Hub:
         while self._subscriptions and self.clock() < deadline:
             gevent.sleep(0.02)
         for subscription in list(self._subscriptions):
-            if subscription.abort is not None:
+            if subscription.fd >= 0 and self.lot is not None:
+                self.lot.break_off(subscription)
+            elif subscription.abort is not None:
                 subscription.abort()
         logger.info("drained", extra={"broken_off": len(self._subscriptions)})
 

@@ -13,12 +13,13 @@ from typing import Any
 
 from pushsvc.settings import Settings
 
-_TOKEN = re.compile(r"(access_token=)[^&\s\"']*")
+# In a URL; and what looks like a JWT (`{"` in base64url begins with eyJ), wherever and however it was sent.
+_TOKEN = re.compile(r"(access_token=)[^&\s\"'\\]*|eyJ[\w-]+\.[\w-]+\.[\w-]*")
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
 class Formatter(logging.Formatter):
-    """`shape`: text or json. Access tokens in URLs are blotted out wherever they turn up, in tracebacks too."""
+    """`shape`: text or json. Tokens are blotted out wherever they turn up, in tracebacks too."""
 
     def __init__(self, shape: str = "text") -> None:
         super().__init__()

@@ -53,11 +53,15 @@ class Settings:
     max_topics_per_stream: int = setting(1000, "Most topics that one stream may name.", unit="topics", least=1)
     max_streams: int = setting(0, "Most streams of one worker; more are told to come back later. 0: what its "
                                "descriptors allow.", unit="streams")
+    max_connections: int = setting(1000, "Most connections of one worker besides its parked streams: publishers, and "
+                                   "streams that open.", unit="connections", least=1)
     mailbox_events: int = setting(1000, "Most events that wait for one slow stream; then it is closed and resumes by id.",
                                   unit="events", least=1)
     mailbox_bytes: int = setting(1 << 20, "Most bytes that wait for one slow stream.", unit="bytes", least=1024)
     heartbeat_seconds: float = setting(15.0, "Silence after which a stream gets a comment line: under the 60 s at which "
                                        "most proxies cut.", unit="s", least=0.1, most=3600)
+    dead_seconds: float = setting(30.0, "How long a client may leave what was sent unacknowledged before its connection "
+                                  "is given up.", unit="s", least=1, most=3600)
     retry_ms: int = setting(3000, "The reconnection time that a stream opens with.", unit="ms", most=86_400_000)
     rotate_seconds: float = setting(14_400.0, "Age at which a stream is ended to come back elsewhere, spread by a tenth "
                                     "either way; 0: never.", unit="s")
@@ -93,7 +97,7 @@ class Settings:
         known = {variable(each): each for each in fields(cls)}
         for name in environ:
             if name.startswith(PREFIX) and name not in known:
-                near = difflib.get_close_matches(name, known, 1, 0.0)
+                near = difflib.get_close_matches(name.upper(), known, 1, 0.0)
                 raise SettingsError(f"{name} is no setting; the nearest is {near[0]}")
         return cls(**{each.name: _read(name, each, environ[name]) for name, each in known.items() if name in environ})
 

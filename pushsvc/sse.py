@@ -12,14 +12,21 @@ from typing import Final
 from pushsvc.event import DEFAULT_TYPE, Event
 
 CONTENT_TYPE: Final = "text/event-stream"
-HEARTBEAT: Final = b":\n\n"
+# A comment without a blank line: a blank line sets the reader's last event id to what this connection has brought so
+# far (section 9.2.6, dispatch, step 1), so before the first `id:` it would make a resuming reader forget where it was.
+HEARTBEAT: Final = b":\n"
+LAST_CHUNK: Final = b"0\r\n\r\n"
 # "Lines must be separated by either CRLF, a single LF, or a single CR": only these three end a line of data.
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
 
-def head(retry_ms: int) -> bytes:
-    """What opens a stream at once: the reconnection time, and a comment so that the browser's `open` fires."""
-    return b"retry: %d\n: open\n\n" % retry_ms
+def head(retry_ms: int, stands_at: str = "") -> bytes:
+    """What opens a stream at once: the reconnection time, and a comment so that the browser's `open` fires.
+
+    `stands_at`: the position that the stream begins at. It goes out as an `id:` without data, which no reader shows,
+    so that one whose connection breaks before its first event comes back with it and misses nothing.
+    """
+    return b"retry: %d\n: open\n" % retry_ms + (f"id: {stands_at}\n\n".encode() if stands_at else b"")
 
 
 def encode(event: Event, epoch: str) -> bytes:
@@ -41,8 +48,13 @@ def gap(missing_from: str, missing_to: str, reason: str, goes_on: str) -> bytes:
 
 def farewell(reason: str, retry_ms: int | None) -> bytes:
     """The last bytes of a stream that we end: a comment with the reason and, unless None, when to come back."""
-    comment = f": {reason}\n\n"
+    comment = f": {reason}\n"
     return (comment if retry_ms is None else f"retry: {retry_ms}\n{comment}").encode()
+
+
+def chunk(data: bytes) -> bytes:
+    """`data` as one chunk of a chunked body (RFC 9112, section 7.1)."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 def _frame(event: Event, epoch: str, text: str) -> bytes:

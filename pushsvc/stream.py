@@ -38,21 +38,22 @@ class Stream:
         subscription = self.subscription
         self.hub.attach(subscription)
         try:
-            if (yield from self._opening()):
+            if (yield from self.opening()):
                 yield from self._live()
             yield sse.farewell(subscription.reason, subscription.retry_ms)
         finally:
             self.hub.close(subscription, hubs.GONE)
             self.hub.detach(subscription)
 
-    def _opening(self) -> Generator[bytes, None, bool]:
+    def opening(self) -> Generator[bytes, None, bool]:
         """Head and replay; whether the mailbox goes on where the cursor stands. Switches."""
         try:
             head = self.broker.head()
-            yield sse.head(self.hub.settings.retry_ms)
-            if not self.asked:
-                self.subscription.cursor = head.seq
-            elif not (yield from self._replay(head)):
+            after, lost = self._start(head)
+            self.subscription.cursor = after
+            stands_at = "" if lost or self.asked == EARLIEST else str(Position(head.epoch, after))
+            yield sse.head(self.hub.settings.retry_ms, stands_at)
+            if self.asked and not (yield from self._replay(head.epoch, lost)):
                 return False
         except BrokerUnavailable:
             # Any answer but 200 ends an EventSource for good: this one comes back.
@@ -62,28 +63,32 @@ class Stream:
             self.subscription.state = State.BEHIND
         return True
 
-    def _replay(self, head: Position) -> Generator[bytes, None, bool]:
+    def _replay(self, epoch: str, gap: str) -> Generator[bytes, None, bool]:
         """History after the asked position, with a gap event where it has one; False if closed before its end.
         Switches."""
-        after, gap = self._start(head)
         subscription, topics = self.subscription, self.subscription.group.topics
-        subscription.cursor = after
-        whole = self.asked != EARLIEST  # who asks for all that is held is not told what is not
+        # The newest loss that is not to be told, or not again: who asks for all that is held is not told what is not.
+        known: int | None = None if self.asked == EARLIEST else 0
         while subscription.state is State.OPENING:
             subscription.overflowed = False
             page = self.broker.history(topics, subscription.cursor, PAGE_EVENTS)
-            if gap or (page.missing and whole):
-                yield self._gap(page, head.epoch, gap)
+            if subscription.state is not State.OPENING:  # closed meanwhile: the log may be another by now
+                return False
+            known = page.missing if known is None else known
+            if gap or page.missing > known:
+                yield self._gap(page, epoch, gap)
             if page.events:
                 subscription.cursor = page.events[-1].seq
-                yield self._frames(page, head.epoch)
-            gap, whole = "", True
+                yield self._frames(page, epoch)
+            gap, known = "", max(known, page.missing)
             if not page.more and not subscription.overflowed:
                 return True
         return False
 
     def _start(self, head: Position) -> tuple[int, str]:
-        """The sequence to read history after, and the id to tell as lost if it belongs to no history of ours."""
+        """The sequence to go on after, and the id to tell as lost if it belongs to no history of ours."""
+        if not self.asked:
+            return head.seq, ""
         if self.asked == EARLIEST:
             return 0, ""
         position = parse_position(self.asked)
@@ -110,14 +115,13 @@ class Stream:
     def _live(self) -> Iterator[bytes]:
         """What the mailbox holds, joined; a comment when it is nudged; until it is closed. Switches."""
         subscription, mailbox = self.subscription, self.subscription.mailbox
+        assert mailbox is not None, "only the parking lot takes a mailbox away"
         while True:
-            letters = mailbox.take()
-            frames = [letter.frame for letter in letters if letter.seq > subscription.cursor]
-            if frames:
-                subscription.cursor = letters[-1].seq
-                subscription.sent = self.hub.now
-                yield b"".join(frames)
-            elif not letters and not mailbox.closed:
+            mailbox.peek()
+            nudged, mailbox.nudged = mailbox.nudged, False
+            if data := subscription.take_waiting(self.hub.now):
+                yield data
+            elif nudged:
                 yield sse.HEARTBEAT
             if mailbox.closed and not mailbox.queue:
                 return

@@ -40,16 +40,18 @@ class Subscription:
 
     user: the token's `sub`, or None. expires: when its token does, seconds since 1970, or 0 for never. since, sent:
     when it was opened and when it was last sent something, on the hub's clock. address: the client's, for the log.
-    reason: why it was closed. abort: breaks a send that a frozen client holds up.
+    fd: its descriptor when the parking lot has it, else -1; mailbox: None while it is parked. reason: why it was
+    closed; parted: its farewell is on its way. abort: breaks a send that a frozen client holds up.
     """
 
-    __slots__ = ("group", "cursor", "mailbox", "state", "overflowed", "reason", "retry_ms", "user", "expires", "since",
-                 "sent", "rotates", "address", "abort")
+    __slots__ = ("group", "cursor", "mailbox", "state", "fd", "user", "expires", "since", "sent", "rotates", "address",
+                 "overflowed", "parted", "reason", "retry_ms", "abort")
 
     def __init__(self, group: Group, mailbox: Mailbox, *, user: str | None = None, expires: float = 0,
                  address: str = "", abort: Callable[[], None] | None = None) -> None:
         self.group = group
-        self.mailbox = mailbox
+        self.mailbox: Mailbox | None = mailbox
+        self.fd = -1
         self.user = user
         self.expires = expires
         self.address = address
@@ -57,6 +59,7 @@ class Subscription:
         self.cursor = 0
         self.state = State.OPENING
         self.overflowed = False
+        self.parted = False
         self.reason = ""
         self.retry_ms: int | None = None
         self.since = 0.0
@@ -68,13 +71,27 @@ class Subscription:
 
         A stream that still replays reads what does not fit from history instead: it is told by `overflowed`.
         """
+        mailbox = self.mailbox
+        assert mailbox is not None, "a parked stream is written to"
         for letter in letters:
-            if letter.seq > self.cursor and not self.overflowed and not self.mailbox.offer(letter):
+            if letter.seq > self.cursor and not self.overflowed and not mailbox.offer(letter):
                 if self.state is not State.OPENING:
                     return False
-                self.mailbox.clear()
+                mailbox.clear()
                 self.overflowed = True
         return True
+
+    def take_waiting(self, now: float) -> bytes:
+        """What waits in the mailbox after the cursor, joined; empty for nothing. Atomic: no switch."""
+        mailbox = self.mailbox
+        if mailbox is None or not mailbox.queue:
+            return b""
+        letters = mailbox.take()
+        frames = [letter.frame for letter in letters if letter.seq > self.cursor]
+        if frames:
+            self.cursor = letters[-1].seq
+            self.sent = now
+        return b"".join(frames)
 
     def __repr__(self) -> str:
         return f"<Subscription {self.state.name.lower()} topics={len(self.group.topics)} cursor={self.cursor}>"

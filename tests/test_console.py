@@ -1,6 +1,5 @@
 """The console page in a real browser, against the running service; and a browser's own EventSource."""
 
-import contextlib
 import os
 import shutil
 import signal
@@ -106,42 +105,38 @@ def program(name: str) -> str:
     return found
 
 
-@contextlib.contextmanager
-def chromium(profile: Path) -> Iterator[Any]:
+@pytest.fixture
+def start_browser(tmp_path: Path) -> Callable[[], Any]:
+    """Starts a new browser. Skips, or fails, before anything is started if there is none."""
     if webdriver is None:
         missing("selenium is not installed")
     options = webdriver.ChromeOptions()
     options.binary_location = program("chromium")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []  # chromium refuses to run as root with one
-    for flag in [*FLAGS, *sandbox, f"--user-data-dir={profile}"]:
+    for flag in [*FLAGS, *sandbox, f"--user-data-dir={tmp_path / 'profile'}"]:
         options.add_argument(flag)
     service = webdriver.ChromeService(executable_path=program("chromedriver"))
-    driver = webdriver.Chrome(options=options, service=service)
-    try:
-        driver.set_script_timeout(TIMEOUT)
-        yield driver
-    finally:
-        driver.quit()
+    return lambda: webdriver.Chrome(options=options, service=service)
 
 
 @pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Any]:
-    with chromium(tmp_path / "profile") as driver:
-        yield driver
-
-
-@pytest.fixture
-def server(browser: Any, tmp_path: Path) -> Iterator[Server]:
+def server(start_browser: Callable[[], Any], tmp_path: Path) -> Iterator[Server]:
     with Server(tmp_path / "server", workers=2) as server:
         yield server
 
 
 @pytest.fixture
-def console(browser: Any, server: Server) -> Iterator[Console]:
-    console = Console(browser, server.url)
-    yield console
-    assert console.complaints() == []
+def console(start_browser: Callable[[], Any], server: Server) -> Iterator[Console]:
+    """The browser ends before the server, which would wait a while for its connections."""
+    driver = start_browser()
+    try:
+        driver.set_script_timeout(TIMEOUT)
+        console = Console(driver, server.url)
+        yield console
+        assert console.complaints() == []
+    finally:
+        driver.quit()
 
 
 def publish_once(url: str, **fields: str) -> str:
@@ -150,9 +145,7 @@ def publish_once(url: str, **fields: str) -> str:
     return eventually(lambda: publish(url, headers=headers, **fields), timeout=TIMEOUT)
 
 
-def test_event_published_by_another_client_arrives_with_its_id_and_topic(
-    console: Console, server: Server
-) -> None:
+def test_event_published_by_another_client_arrives_with_its_id_and_topic(console: Console, server: Server) -> None:
     console.connect("news, room")
 
     id = publish(server.url, topic="room", event="greeting", data="hello")
@@ -262,10 +255,53 @@ def test_refused_subscription_says_why_and_is_not_tried_again(console: Console) 
     assert console.text("countdown") == ""
 
 
+# Answers of a service that the test invents, in turn, the last one for ever: [status, type, body].
+ANSWER_WITH = """
+const answers = [...arguments];
+window.asked = [];
+window.fetch = async (url, {headers}) => {
+  asked.push({at: performance.now(), after: headers["Last-Event-ID"] ?? null});
+  const [status, type, body] = answers.length > 1 ? answers.shift() : answers[0];
+  return new Response(body, {status, headers: {"Content-Type": type}});
+};
+"""
+
+
+def test_page_resumes_an_ended_stream_after_the_time_that_it_asked_for(console: Console) -> None:
+    console.open()
+    console.run(ANSWER_WITH, [200, "text/event-stream", "retry: 200\nid: 7\ndata: x\n\n: drain\n\n"])
+
+    console.click("connect")
+
+    until(lambda: len(console.run("return asked")) >= 3, "the page has come back twice")
+    asked = console.run("return asked")[:3]
+    assert [request["after"] for request in asked] == [None, "7", "7"]
+    assert 200 <= asked[2]["at"] - asked[1]["at"] < 1500
+    until(lambda: "drain" in console.text("note"), "the reason is shown")
+
+
+def test_page_asks_again_after_a_failure_of_the_service_and_shows_it_meanwhile(console: Console) -> None:
+    problem = '{"title": "Service Unavailable", "detail": "the broker is away"}'
+    console.open()
+    console.run(
+        ANSWER_WITH,
+        [503, "application/problem+json", problem],
+        [200, "text/event-stream", "retry: 600000\ndata: back\n\n"],
+    )
+
+    console.click("connect")
+
+    until(lambda: console.text("state") == "waiting to reconnect", "the page waits")
+    assert console.text("note") == "503 Service Unavailable: the broker is away"
+    assert console.text("countdown").startswith("in ")
+    until(console.rows, "the page has come back")
+
+
 def test_link_carries_topics_and_position_but_never_the_token(console: Console) -> None:
     console.open()
     for id, text in {"topics": "news, room", "resume": "earliest", "token": "secret"}.items():
         console.write(id, text)
+    console.click("connect")
     link = console.run("return location.href")
 
     console.driver.get("about:blank")
@@ -306,6 +342,7 @@ STREAMS = [
     ": comment\n:\nevent: note\ndata: a\ndata: b\nid: 1\n\ndata: plain again\n\n",
     "id: 1\n\nid: 2\x003\ndata: an id with NUL is ignored\n\nid\ndata: reset\n\n",
     "event: no data, no event\nid: 7\n\ndata\n\ndata\ndata\n\ndata:\n\n",
+    "data: a\r\ndata: b\r\nevent: note\r\nid: 1\r\n\r\ndata: c\rdata: d\r\r",
     "data: a\r\n\ndata: b\r\n\r\n\n\r\r\ndata: c\n\r",
     "data : x\n data: x\nData: x\nfoo: bar\nfoo\ndata: a:b: c\n\n",
     "retry: 1500\nretry: 1s\nretry: -1\nretry\ndata: no\u2028line\x0bend\x85here\n\n",

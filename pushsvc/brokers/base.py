@@ -7,12 +7,15 @@ one order. A broker never imports the hub.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from pushsvc.event import Draft, Event
 from pushsvc.position import Position
 
+CLOSED = "the broker is closed"
+PAGE_BYTES = 1 << 20  # the data of one page of history, or of one stretch handed over; one event at least
+MOST_MARKS = 100_000  # topics whose losses are remembered one by one; the rest share one mark
 Deliver = Callable[[Sequence[Event]], None]
 Reset = Callable[[Position], None]
 
@@ -24,6 +27,23 @@ class Page(NamedTuple):
     events: list[Event]
     more: bool
     missing: int
+
+
+def size_of(text: str) -> int:
+    """Bytes of `text` in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def page_of(events: Iterable[Event]) -> tuple[list[Event], bool]:
+    """The first of `events` that fill a page, one at least; whether that was the reason to stop."""
+    page: list[Event] = []
+    total = 0
+    for event in events:
+        total += size_of(event.data)
+        if total > PAGE_BYTES and page:
+            return page, True
+        page.append(event)
+    return page, False
 
 
 class Broker(ABC):
@@ -43,7 +63,8 @@ class Broker(ABC):
 
     @abstractmethod
     def head(self) -> Position:
-        """The position of the newest event that anybody was told of before this call. Switches."""
+        """The position of the newest event that anybody was told of a millisecond before this call, and this process
+        before it. Switches."""
 
     @abstractmethod
     def history(self, topics: Sequence[str], after: int, limit: int) -> Page:

@@ -20,15 +20,24 @@ class Doorbell:
         folder.mkdir(parents=True, exist_ok=True)
         # Through the folder's descriptor: a Unix socket's path has at most 107 bytes, a folder's may have more.
         self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._name = f"{os.getpid()}.sock"
         self._socket = RawSocket(AF_UNIX, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._name, dir_fd=self._folder)
-        self._socket.bind(self._path(self._name))
         self._ringer = RawSocket(AF_UNIX, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC)
+        self._name = f"{os.getpid()}.{self._socket.fileno()}.sock"  # a process may have several
+        self._place = folder / self._name
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._name, dir_fd=self._folder)
+            self._socket.bind(self._path(self._name))
+        except OSError:
+            self.close()
+            raise
 
     def fileno(self) -> int:
         return self._socket.fileno()
+
+    def hangs(self) -> bool:
+        """Whether the others can still find it: nobody has removed it, or its folder."""
+        return self._place.exists()
 
     def ring(self) -> None:
         """Wake every other worker. From any thread; never waits, never raises."""

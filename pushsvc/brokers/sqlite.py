@@ -1,6 +1,6 @@
 """`sqlite:` the embedded broker: one WAL file is the log, shared by all workers of one machine.
 
-Three natives and one greenlet. The writer thread appends in groups, so that neither a commit nor a colliding worker
+Two native threads and one greenlet. The writer thread appends in groups, so that neither a commit nor a colliding worker
 stops the loop; the keeper thread trims; the doorbell wakes the reader greenlet, which takes the rows after its last
 sequence and hands them to the hub. The loop hears of a finished group by one async watcher.
 """
@@ -8,7 +8,6 @@ sequence and hands them to the hub. The loop hears of a finished group by one as
 from __future__ import annotations
 
 import contextlib
-import logging
 import sqlite3
 import time
 from _queue import Empty, SimpleQueue  # the native queue: gevent patches the one in `queue`
@@ -22,10 +21,11 @@ from gevent import monkey
 from gevent.event import AsyncResult
 from gevent.event import Event as Signal
 
-from pushsvc.brokers.base import Broker, Deliver, Page, Reset
+from pushsvc.brokers.base import CLOSED, Broker, Deliver, Page, Reset
 from pushsvc.brokers.doorbell import Doorbell
 from pushsvc.brokers.sqlite_keeper import ROUND_SECONDS, Keeper
 from pushsvc.brokers.sqlite_log import FileLock, Log, Stretch, lock_path
+from pushsvc.brokers.trouble import Trouble
 from pushsvc.errors import BrokerUnavailable
 from pushsvc.event import Draft
 from pushsvc.position import Position
@@ -37,7 +37,7 @@ PAUSE_SECONDS = 0.0001  # between two full reads, so that the streams are served
 DEFAULT_NAME = "pushsvc.db"
 _start_thread: Callable[..., int] = monkey.get_original("_thread", "start_new_thread")
 _sleep: Callable[[float], None] = monkey.get_original("time", "sleep")
-logger = logging.getLogger(__name__)
+WRITER, KEEPER, READER = "writer", "keeper", "reader"  # the parts, as the service's log names them
 _Failure = (sqlite3.Error, OSError)
 
 
@@ -68,10 +68,12 @@ class SqliteBroker(Broker):
         self._log: Log | None = None
         self._last = Position("", 0)
         self._doorbell: Doorbell | None = None
+        self._ringing: Any = None
+        self._reader: gevent.Greenlet | None = None
         self._closed = False
-        self._threads: list[AsyncResult] = []
+        self._stopped: deque[str] = deque()
         self._keeper_queue: SimpleQueue[None] = SimpleQueue()
-        self._failure = ""
+        self._trouble = Trouble(time.monotonic, (*_Failure, BrokerUnavailable))
 
     # -- the loop's side
 
@@ -80,16 +82,16 @@ class SqliteBroker(Broker):
         self._loop = gevent.get_hub().loop
         self._finished = self._loop.async_()
         self._finished.start(self._on_finished)
-        self._stopped: deque[str] = deque()
         _start_thread(self._write, ())
         _start_thread(self._keep, ())
+        self._look_after_doorbell()
         with contextlib.suppress(BrokerUnavailable):
             self._open()
         self._reader = gevent.spawn(self._read)
 
     def append(self, drafts: Sequence[Draft], key: str | None = None) -> list[Position]:
         if self._closed:
-            raise BrokerUnavailable("the broker is closed")
+            raise BrokerUnavailable(CLOSED)
         job = _Append(drafts, key)
         self._queue.put(job)
         try:
@@ -114,6 +116,8 @@ class SqliteBroker(Broker):
     def check(self) -> None:
         self.append([])
         self.head()
+        if error := self._trouble.of(READER):
+            raise self._unavailable("deliver from", error) from error
 
     def depths(self) -> dict[str, int]:
         return {"append": self._queue.qsize()}
@@ -122,48 +126,61 @@ class SqliteBroker(Broker):
         if self._closed:
             return
         self._closed = True
+        if self._reader is None:
+            return
         self._queue.put(None)
         self._keeper_queue.put(None)
         self._reader.kill()
         with gevent.Timeout(self._settings.publish_timeout_seconds, False):
             while len(self._stopped) < 2:
                 gevent.sleep(0.005)
-        self._finished.stop()
         self._finished.close()
+        self._on_finished()
         self._close_log()
-        if self._doorbell is not None:
-            self._doorbell.close()
+        self._take_down_doorbell()
 
     def _open(self) -> Log:
         """The loop's connection to the log; a new one if the file was replaced. Atomic: no switch."""
+        if self._closed:
+            raise BrokerUnavailable(CLOSED)
         if self._log is not None and not self._log.is_current():
             self._close_log()
         if self._log is None:
             try:
                 self._log = Log(self.path, time.time(), busy_seconds=0.05)
-                if self._doorbell is None:
-                    self._doorbell = self._hang_doorbell()
+                head = Position(self._log.epoch, self._log.last())
             except _Failure as error:
+                self._close_log()
                 raise self._unavailable("open", error) from error
-            head = Position(self._log.epoch, self._log.last())
             if head.epoch != self._last.epoch or head.seq < self._last.seq:
                 self._last = head
                 self._reset(head)
         return self._log
-
-    def _hang_doorbell(self) -> Doorbell:
-        doorbell = Doorbell(self.path.with_name(self.path.name + ".doorbells"))
-        self._ringing = self._loop.io(doorbell.fileno(), 1)
-        self._ringing.start(self._on_ring)
-        return doorbell
 
     def _close_log(self) -> None:
         if self._log is not None:
             self._log.close()
             self._log = None
 
+    def _look_after_doorbell(self) -> None:
+        """Hang the doorbell where the others find it: at the start, and when somebody has taken it away. Without one
+        their events come a poll interval late. Atomic: no switch."""
+        if self._doorbell is not None and self._doorbell.hangs():
+            return
+        self._take_down_doorbell()
+        with contextlib.suppress(OSError):
+            self._doorbell = Doorbell(self.path.with_name(self.path.name + ".doorbells"))
+            self._ringing = self._loop.io(self._doorbell.fileno(), 1)
+            self._ringing.start(self._on_ring)
+
+    def _take_down_doorbell(self) -> None:
+        doorbell, self._doorbell = self._doorbell, None
+        if doorbell is not None:
+            self._ringing.close()
+            doorbell.close()
+
     def _on_ring(self) -> None:
-        if self._doorbell is not None and not self._closed:
+        if self._doorbell is not None:
             self._doorbell.answer()
         self._wake.set()
 
@@ -178,27 +195,18 @@ class SqliteBroker(Broker):
 
     def _read(self) -> None:
         """The reader: on a ring, or after the poll interval, hand over what is new. Switches."""
-        told = ""
         while True:
-            self._wake.wait(self._settings.poll_seconds)
+            if not self._wake.wait(self._settings.poll_seconds):
+                self._look_after_doorbell()
             self._wake.clear()
             try:
                 while self._hand_over():
                     gevent.sleep(PAUSE_SECONDS)
-                failure = self._failure
-            except (*_Failure, BrokerUnavailable) as error:
-                failure = str(error)  # what was missed meanwhile is read later
-            told = self._tell(told, failure)
-            if failure:
+                self._trouble.note(READER, None)
+            except Exception as error:  # the top of a greenlet; what was missed meanwhile is read later
+                self._trouble.note(READER, error)
                 gevent.sleep(PAUSE_SECONDS)
-
-    def _tell(self, told: str, failure: str) -> str:
-        """Log a failure once, and its end. The threads may not log: this greenlet speaks for the keeper too."""
-        if failure and failure != told:
-            logger.error("broker failing", extra={"reason": failure})
-        if told and not failure:
-            logger.info("broker recovered")
-        return failure
+            self._trouble.tell()
 
     def _hand_over(self) -> bool:
         """One stretch of events to the hub; whether there may be more. Atomic: no switch."""
@@ -220,27 +228,27 @@ class SqliteBroker(Broker):
 
     def _write(self) -> None:
         log: Log | None = None
-        lock: FileLock | None = None
+        lock = FileLock(lock_path(self.path))
         while (jobs := self._next_jobs())[-1] is not None:
             try:
-                lock = lock or self._open_lock()
                 with lock:
                     if log is None or not log.is_current():
                         log = self._reopen(log)
                     self._commit(log, jobs)
+                self._trouble.note(WRITER, None)
             except Exception as error:  # the top of a thread: every job must be answered
                 for job in jobs:
                     job.error = error
-                if isinstance(error, sqlite3.DatabaseError) and log is not None:
+                self._trouble.note(WRITER, error)
+                if log is not None:
                     log.close()
                     log = None
             self._finish(jobs)
-            if self._doorbell is not None:
-                self._doorbell.ring()
-        for closing in (log, lock):
-            if closing is not None:
-                closing.close()
-        self._stopped.append("writer")
+            self._ring()
+        if log is not None:
+            log.close()
+        lock.close()
+        self._stopped.append(WRITER)
 
     def _next_jobs(self) -> list[Any]:
         """Wait for an append, and take those that wait behind it. The last is None when it is time to stop."""
@@ -253,10 +261,6 @@ class SqliteBroker(Broker):
         if jobs[-1] is None and len(jobs) > 1:
             self._queue.put(jobs.pop())
         return jobs
-
-    def _open_lock(self) -> FileLock:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(lock_path(self.path))
 
     def _reopen(self, log: Log | None) -> Log:
         if log is not None:
@@ -298,6 +302,11 @@ class SqliteBroker(Broker):
         self._done.extend(jobs)
         self._finished.send()
 
+    def _ring(self) -> None:
+        doorbell = self._doorbell
+        if doorbell is not None:
+            doorbell.ring()
+
     # -- the keeper thread
 
     def _keep(self) -> None:
@@ -309,12 +318,15 @@ class SqliteBroker(Broker):
             try:
                 keeper = keeper or Keeper(self.path, self._settings, _sleep)
                 keeper.round(time.time())
-                self._failure = ""
+                self._trouble.note(KEEPER, None)
             except Exception as error:  # the top of a thread: it says so, and tries again next round
-                self._failure = f"cannot keep the log {self.path}: {error}"
+                self._trouble.note(KEEPER, error)
+                if keeper is not None:
+                    keeper.close()
+                    keeper = None
         if keeper is not None:
             keeper.close()
-        self._stopped.append("keeper")
+        self._stopped.append(KEEPER)
 
 
 def _path(place: str) -> Path:

@@ -6,11 +6,12 @@ with a connection of its own, so nothing here may touch gevent or a logger.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
+from pushsvc.brokers.base import MOST_MARKS
 from pushsvc.brokers.sqlite_log import FileLock, Log, lock_path
 from pushsvc.settings import Settings
 
@@ -18,10 +19,14 @@ ROUND_SECONDS = 0.5
 BITE = 500  # rows per transaction: about a millisecond
 BREATH_SECONDS = 0.001  # between two bites, for the publishers that wait
 PASSING_SECONDS = 10.0  # how long events that are in no history stay for readers that are behind
-MOST_MARKS = 100_000
+SWEEP_BITES = 20  # per round; more while they bring something
+MOST_COUNTS = 100_000  # topics whose events are counted along; the others are counted when they get one
 CHECKPOINT_BYTES = 4 << 20
 WAL_BYTES = 64 << 20  # a WAL larger than this is worth a short stop of all publishers
+TRUNCATE_SECONDS = 0.1  # that stop's length, if somebody reads for long
 MARKS_ROUNDS = 120  # counting the marks costs a millisecond: once a minute
+
+T = TypeVar("T")
 
 
 class Keeper:
@@ -34,24 +39,21 @@ class Keeper:
         self._path = path
         self._turn = FileLock(path.with_name(path.name + ".keeper"))
         self._write = FileLock(lock_path(path))
-        self._keeps = False
         self._log: Log | None = None
-        self._counts: Counter[str] = Counter()
+        self._counts: dict[str, int] = {}
         self._counted = 0
         self._swept = 0
 
     def round(self, now: float) -> None:
-        self._keeps = self._keeps or self._turn.try_take()
-        if not self._keeps:
+        if not self._path.exists() or not self._turn.try_take():
             return
         log = self._current_log(now)
-        if log is None:
-            return
         self._rounds += 1
         self._trim_topics(log)
         self._trim_old(log, now - self._settings.history_seconds)
         self._trim_large(log)
-        self._sweep(log, now)
+        self._sweep(log, now - PASSING_SECONDS)
+        self._forget(log, now)
         self._checkpoint(log)
 
     def close(self) -> None:
@@ -60,51 +62,68 @@ class Keeper:
         self._turn.close()
         self._write.close()
 
-    def _current_log(self, now: float) -> Log | None:
+    def _current_log(self, now: float) -> Log:
         if self._log is not None and not self._log.is_current():
             self._log.close()
             self._log, self._counted, self._swept = None, 0, 0
             self._counts.clear()
-        if self._log is None and self._path.exists():
+        if self._log is None:
             self._log = Log(self._path, now)
         return self._log
 
     def _trim_topics(self, log: Log) -> None:
-        upto = log.last()
-        most = self._settings.history_events
-        for topic, added in log.topics_since(self._counted, upto):
-            self._counts[topic] += added
-            if self._counts[topic] <= most:
-                continue
-            self._counts[topic] = log.count(topic)
-            while (surplus := self._counts[topic] - most) > 0:
-                gone = self._bite(log, partial(log.trim_topic, topic, min(surplus, BITE)))
-                self._counts[topic] -= gone or surplus
+        if len(self._counts) > MOST_COUNTS:
+            self._counts.clear()
+        upto, most = log.last(), self._settings.history_events
+        for topic, added in log.topics_since(self._counted, upto).items():
+            count = self._counts[topic] = self._count(log, topic, added)
+            if count > most:
+                self._counts[topic] = self._trim_topic(log, topic, most)
         self._counted = upto
 
+    def _count(self, log: Log, topic: str, added: int) -> int:
+        """How many events a topic's history holds or a little more, `added` of them new."""
+        if topic in self._counts:
+            return self._counts[topic] + added
+        return log.count(topic) if self._counted else added
+
+    def _trim_topic(self, log: Log, topic: str, most: int) -> int:
+        while (surplus := log.count(topic) - most) > 0:
+            self._bite(log, partial(log.trim_topic, topic, min(surplus, BITE)))
+        return most + surplus
+
     def _trim_old(self, log: Log, before_at: float) -> None:
-        while old := [seq for seq, at in log.oldest(BITE) if at < before_at]:
-            self._bite(log, partial(log.trim_before, old[-1]))
+        while seq := log.aged(before_at, BITE):
+            self._bite(log, partial(log.trim_before, seq))
 
     def _trim_large(self, log: Log) -> None:
-        while log.used_bytes() > self._settings.history_bytes and (oldest := log.oldest(BITE)):
-            self._bite(log, partial(log.trim_before, oldest[-1][0]))
+        while (surplus := log.used_bytes() - self._settings.history_bytes) > 0 and (seq := log.oldest(surplus, BITE)):
+            self._bite(log, partial(log.trim_before, seq))
 
-    def _sweep(self, log: Log, now: float) -> None:
-        self._swept = self._bite(log, partial(log.sweep_passing, self._swept, now - PASSING_SECONDS, BITE))
-        self._bite(log, partial(log.forget_answers, now - self._settings.idempotency_seconds, BITE))
+    def _sweep(self, log: Log, before_at: float) -> None:
+        bites = 0
+        while bites < SWEEP_BITES:
+            gone, self._swept = self._bite(log, partial(log.sweep_passing, self._swept, before_at, BITE))
+            if not self._swept:
+                return
+            bites += gone < BITE // 2
+
+    def _forget(self, log: Log, now: float) -> None:
+        before_at = now - self._settings.idempotency_seconds
+        while self._bite(log, partial(log.forget_answers, before_at, BITE)) == BITE:
+            pass
         if self._rounds % MARKS_ROUNDS == 0:
             self._bite(log, partial(log.forget_marks, MOST_MARKS, MOST_MARKS // 10))
 
     def _checkpoint(self, log: Log) -> None:
         size = log.wal_bytes()
         if size > CHECKPOINT_BYTES:
-            log.checkpoint("PASSIVE")
+            log.checkpoint()
         if size > WAL_BYTES:
             with self._write:
-                log.checkpoint("TRUNCATE")
+                log.truncate_wal(TRUNCATE_SECONDS)
 
-    def _bite(self, log: Log, work: Callable[[], int]) -> int:
+    def _bite(self, log: Log, work: Callable[[], T]) -> T:
         with self._write, log.transaction():
             done = work()
         self._sleep(BREATH_SECONDS)

@@ -16,17 +16,17 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pushsvc.brokers.base import Page
+from pushsvc.brokers.base import Page, page_of
 from pushsvc.event import KEEP_ALL, KEEP_LATEST, KEEP_NONE, Draft, Event
 from pushsvc.position import new_epoch
 
-PAGE_BYTES = 1 << 20
 SCHEMA_VERSION = 1
 _KEEPS = (KEEP_ALL, KEEP_LATEST, KEEP_NONE)
 _KEEP_NUMBER = {keep: number for number, keep in enumerate(_KEEPS)}
@@ -46,6 +46,13 @@ CREATE TABLE IF NOT EXISTS answers(
     key TEXT PRIMARY KEY, first INTEGER NOT NULL, count INTEGER NOT NULL, at REAL NOT NULL) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS answers_at ON answers(at);
 """
+_OLDEST = """
+WITH RECURSIVE walk(seq, size) AS (
+    SELECT min(seq), 0 FROM events
+    UNION ALL
+    SELECT (SELECT min(seq) FROM events WHERE seq > walk.seq), size + 100 + length(CAST(data AS BLOB))
+    FROM walk JOIN events USING(seq) WHERE size < ?1 LIMIT ?2)
+SELECT max(seq) FROM walk WHERE size < ?1"""
 _COLUMNS = "seq, at, topics, event, data, keep, key, retry"
 
 
@@ -54,26 +61,47 @@ class Stretch(tuple[int, int]):
 
 
 class FileLock:
-    """An advisory lock on a file: waiters sleep in the kernel and are woken at once, where SQLite's own would poll."""
+    """An advisory lock on a file: waiters sleep in the kernel and are woken at once, where SQLite's own would poll.
+
+    A file that was deleted is locked anew under its path, so that all who lock meet in one file.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._path = path
+        self._fd = -1
 
     def __enter__(self) -> None:
-        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        while not self._take(fcntl.LOCK_EX):
+            pass
 
     def __exit__(self, *exc: object) -> None:
         fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     def try_take(self) -> bool:
+        """Take it if nobody else has it; True too for who has it already."""
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while not self._take(fcntl.LOCK_EX | fcntl.LOCK_NB):
+                pass
         except BlockingIOError:
             return False
         return True
 
     def close(self) -> None:
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _take(self, how: int) -> bool:
+        """Lock the file; False if it is not the one under the path any more."""
+        if self._fd < 0:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._fd, how)
+        found = os.fstat(self._fd)
+        if _identity(self._path) == (found.st_dev, found.st_ino):
+            return True
+        self.close()
+        return False
 
 
 def lock_path(path: Path) -> Path:
@@ -91,6 +119,7 @@ class Log:
     def __init__(self, path: Path, now: float, *, full_sync: bool = False, busy_seconds: float = 5.0,
                  locked: bool = False) -> None:
         self.path = path
+        self._busy_seconds = busy_seconds
         path.parent.mkdir(parents=True, exist_ok=True)
         if locked:
             self.connection = self._open(now, full_sync, busy_seconds)
@@ -193,7 +222,8 @@ class Log:
     def since(self, seq: int, limit: int) -> tuple[list[Event], bool]:
         """The first `limit` events after `seq`, of any topic, those that are in no history too; whether more follow."""
         rows = self.connection.execute(f"SELECT {_COLUMNS} FROM events WHERE seq>? ORDER BY seq LIMIT ?", (seq, limit))
-        page, full = _within_bytes(rows)
+        with contextlib.closing(rows):
+            page, full = page_of(map(_event, rows))
         return page, full or len(page) == limit
 
     def history(self, topics: Sequence[str], after: int, limit: int) -> Page:
@@ -203,7 +233,8 @@ class Log:
             seqs = self._history_seqs(topics, after, limit + 1)
             which = ",".join(map(str, seqs[:limit]))
             rows = self.connection.execute(f"SELECT {_COLUMNS} FROM events WHERE seq IN ({which}) ORDER BY seq")
-            events, _ = _within_bytes(rows)
+            with contextlib.closing(rows):
+                events, _ = page_of(map(_event, rows))
             missing = self._missing(topics, after)
         finally:
             self.connection.execute("COMMIT")
@@ -230,12 +261,15 @@ class Log:
         marked = self.connection.execute("SELECT 1 FROM marks WHERE seq>? LIMIT 1", (after,)).fetchone()
         return before > after + 1 and (marked is not None or int(self.value("forgotten")) > after)
 
-    # -- retention: inside a transaction, in bites
+    # -- retention: inside a transaction, in bites, each of a few statements that give one row or none
 
-    def topics_since(self, seq: int, upto: int) -> list[tuple[str, int]]:
-        """(topic, events added to its history) for the stretch after `seq` up to `upto`."""
-        return self.connection.execute(
-            "SELECT topic, count(*) FROM history WHERE seq>? AND seq<=? GROUP BY topic", (seq, upto)).fetchall()
+    def topics_since(self, seq: int, upto: int) -> dict[str, int]:
+        """How many events each topic's history got in the stretch after `seq` up to `upto`."""
+        rows = self.connection.execute(
+            "SELECT json_group_object(topic, added) FROM (SELECT topic, count(*) AS added FROM history "
+            "WHERE seq>? AND seq<=? GROUP BY topic)", (seq, upto))
+        added: dict[str, int] = json.loads(rows.fetchone()[0])
+        return added
 
     def count(self, topic: str) -> int:
         return int(self.connection.execute("SELECT count(*) FROM history WHERE topic=?", (topic,)).fetchone()[0])
@@ -246,12 +280,13 @@ class Log:
             "SELECT seq FROM history WHERE topic=? ORDER BY seq LIMIT 1 OFFSET ?", (topic, surplus - 1)).fetchone()
         if row is None:
             return 0
+        stretch = (topic, row[0])
+        self.connection.execute("INSERT INTO marks VALUES(?, ?) ON CONFLICT DO UPDATE SET seq=max(seq, excluded.seq)",
+                                stretch)
         self.connection.execute(
-            "INSERT INTO marks VALUES(?1, ?2) ON CONFLICT DO UPDATE SET seq=max(seq, ?2)", (topic, row[0]))
-        seqs = [seq for seq, in self.connection.execute(
-            "DELETE FROM history WHERE topic=? AND seq<=? RETURNING seq", (topic, row[0]))]
-        self._delete_unheld(f"seq IN ({','.join(map(str, seqs))})")
-        return len(seqs)
+            "DELETE FROM events WHERE seq IN (SELECT seq FROM history WHERE topic=? AND seq<=?) "
+            "AND (SELECT count(*) FROM history h WHERE h.seq=events.seq)=1", stretch)
+        return self.connection.execute("DELETE FROM history WHERE topic=? AND seq<=?", stretch).rowcount
 
     def trim_before(self, seq: int) -> int:
         """Take every event up to `seq` out of every history; how many went."""
@@ -261,22 +296,26 @@ class Log:
         self.connection.execute("DELETE FROM history WHERE seq<=?", (seq,))
         return self.connection.execute("DELETE FROM events WHERE seq<=?", (seq,)).rowcount
 
-    def sweep_passing(self, after: int, before_at: float, limit: int) -> int:
+    def aged(self, before_at: float, limit: int) -> int:
+        """The newest of the `limit` oldest events that is older than `before_at`; 0 for none."""
+        return self._seq("SELECT max(seq) FROM (SELECT seq, at FROM events ORDER BY seq LIMIT ?) WHERE at<?",
+                         (limit, before_at))
+
+    def oldest(self, size: int, limit: int) -> int:
+        """The oldest events, `limit` at most, that have together `size` bytes or little more: the newest of them;
+        0 for none."""
+        return self._seq(_OLDEST, (size, limit))
+
+    def sweep_passing(self, after: int, before_at: float, limit: int) -> tuple[int, int]:
         """Delete events that are in no history (keep: none, superseded latest) from the `limit` rows of such kinds
-        after `after`, if older than `before_at`; the last sequence looked at, 0 at the end."""
-        rows = self.connection.execute(
-            "SELECT seq FROM events WHERE keep<>0 AND seq>? AND at<? ORDER BY seq LIMIT ?", (after, before_at, limit))
-        seqs = [seq for seq, in rows]
-        self._delete_unheld(f"seq IN ({','.join(map(str, seqs))})")
-        return seqs[-1] if len(seqs) == limit else 0
-
-    def _delete_unheld(self, which: str) -> None:
-        self.connection.execute(
-            f"DELETE FROM events WHERE {which} AND NOT EXISTS (SELECT 1 FROM history h WHERE h.seq=events.seq)")
-
-    def oldest(self, limit: int) -> list[tuple[int, float]]:
-        """(seq, at) of the oldest events."""
-        return self.connection.execute("SELECT seq, at FROM events ORDER BY seq LIMIT ?", (limit,)).fetchall()
+        after `after`, if older than `before_at`. How many went; the last sequence looked at, 0 at the end."""
+        looked_at, upto = self.connection.execute(
+            "SELECT count(*), max(seq) FROM (SELECT seq FROM events WHERE keep<>0 AND seq>? AND at<? "
+            "ORDER BY seq LIMIT ?)", (after, before_at, limit)).fetchone()
+        gone = self.connection.execute(
+            "DELETE FROM events WHERE keep<>0 AND seq>? AND seq<=? "
+            "AND NOT EXISTS (SELECT 1 FROM history h WHERE h.seq=events.seq)", (after, upto)).rowcount
+        return gone, upto if looked_at == limit else 0
 
     def forget_answers(self, before_at: float, limit: int) -> int:
         return self.connection.execute(
@@ -291,15 +330,26 @@ class Log:
         self.connection.execute("UPDATE meta SET value=max(value, ?) WHERE name='forgotten'", row)
         return self.connection.execute("DELETE FROM marks WHERE seq<=?", row).rowcount
 
+    def _seq(self, query: str, values: tuple[object, ...]) -> int:
+        return self.connection.execute(query, values).fetchone()[0] or 0
+
     def used_bytes(self) -> int:
         """What the events take in the file: its pages but for the free ones."""
         pages, free, size = (self.connection.execute(f"PRAGMA {name}").fetchone()[0]
                              for name in ("page_count", "freelist_count", "page_size"))
         return int((pages - free) * size)
 
-    def checkpoint(self, mode: str = "PASSIVE") -> None:
-        """Move the WAL's pages into the file; PASSIVE waits for nobody, TRUNCATE also empties the WAL."""
-        self.connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
+    def checkpoint(self) -> None:
+        """Move the WAL's pages into the file, as far as no reader needs them where they are; waits for nobody."""
+        self.connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+
+    def truncate_wal(self, seconds: float) -> None:
+        """Move all of the WAL's pages and empty it, unless a reader holds it for longer than `seconds`."""
+        self.connection.execute(f"PRAGMA busy_timeout={int(seconds * 1000)}")
+        try:
+            self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        finally:
+            self.connection.execute(f"PRAGMA busy_timeout={int(self._busy_seconds * 1000)}")
 
     def wal_bytes(self) -> int:
         try:
@@ -319,16 +369,3 @@ def _identity(path: Path) -> tuple[int, int] | None:
 def _event(row: tuple[Any, ...]) -> Event:
     seq, at, topics, event, data, keep, key, retry = row
     return Event(seq, at, tuple(topics.split("\n")), event, data, _KEEPS[keep], key, retry)
-
-
-def _within_bytes(rows: sqlite3.Cursor) -> tuple[list[Event], bool]:
-    """Events until their data is a page full, one at least; whether that was the reason to stop."""
-    events: list[Event] = []
-    total = 0
-    for row in rows:
-        total += len(row[4])
-        if total > PAGE_BYTES and events:
-            rows.close()
-            return events, True
-        events.append(_event(row))
-    return events, False

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 from flask import Blueprint, Response, request
 
@@ -33,21 +34,31 @@ def blueprint(hub: Hub, broker: Broker, access: Access) -> Blueprint:
         pairs = parse_pairs(environ.get("QUERY_STRING", "").encode("latin-1"), "the query")
         check_names((name for name, _ in pairs), FIELDS, "the query")
         fields = single(pairs, "the query", lists=("topic",))
-        grant = access.admit(environ.get("HTTP_AUTHORIZATION"), fields.get(QUERY), request.cookies.get(COOKIE),
-                             environ.get("REMOTE_ADDR", ""))
+        cookie = request.cookies.get(COOKIE) if "HTTP_COOKIE" in environ else None
+        grant = access.admit(environ.get("HTTP_AUTHORIZATION"), fields.get(QUERY), cookie, environ.get("REMOTE_ADDR", ""))
         topics = _topics([value for name, value in pairs if name == "topic"], hub.settings.max_topics_per_stream)
         grant.allow_subscribe(topics)
         asked = _asked(environ.get("HTTP_LAST_EVENT_ID", ""), fields)
         envelope = _flag("envelope", fields.get("envelope", "0"))
         if request.method == "HEAD":
-            return Response(headers=HEADERS)
+            return Response(iter(()), headers=HEADERS)  # not a list: that would be told as Content-Length: 0
         if hub.is_full():
             return Response(refusal(hub.comeback_ms()), headers=HEADERS)
         subscription = hub.subscribe(topics, envelope, user=grant.user, expires=grant.expires,
                                      address=environ.get("REMOTE_ADDR", ""), abort=_abort(environ))
-        return Response(Stream(hub, broker, subscription, asked), headers=HEADERS, direct_passthrough=True)
+        return StreamResponse(Stream(hub, broker, subscription, asked))
 
     return views
+
+
+class StreamResponse(Response):
+    """A response whose body is handed to the server as it is, for it may be parked; hooks may still add fields."""
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__(stream, headers=HEADERS, direct_passthrough=True)
+
+    def get_wsgi_response(self, environ: Any) -> tuple[Iterable[bytes], str, list[tuple[str, str]]]:
+        return self.response, self.status, self.headers.to_wsgi_list()  # type: ignore[return-value]
 
 
 def _topics(topics: list[str], most: int) -> list[str]:

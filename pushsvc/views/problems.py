@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Collection
+from functools import partial
 
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
@@ -27,25 +29,27 @@ def install(app: Flask, access: Access) -> None:
     app.register_error_handler(HTTPException, _http_error)
     app.register_error_handler(Exception, _surprise)
 
-    @app.before_request
-    def preflight() -> Response | None:
-        if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
-            return Response(status=204, headers={
-                "Access-Control-Allow-Methods": "GET, HEAD, POST",
-                "Access-Control-Allow-Headers": "Authorization, Content-Type, Idempotency-Key, Last-Event-ID",
-                "Access-Control-Max-Age": str(PREFLIGHT_SECONDS)})
-        return None
+    if access.origins:
+        app.before_request(_preflight)
+        app.after_request(partial(_share, access.origins))
 
-    @app.after_request
-    def share(response: Response) -> Response:
-        if not access.origins:
-            return response
-        response.headers.add("Vary", "Origin")
-        origin = request.environ.get("HTTP_ORIGIN", "")
-        if origin in access.origins:
-            response.headers["Access-Control-Allow-Origin"] = origin
-            response.headers["Access-Control-Allow-Credentials"] = "true"
-        return response
+
+def _preflight() -> Response | None:
+    if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
+        return Response(status=204, headers={
+            "Access-Control-Allow-Methods": "GET, HEAD, POST",
+            "Access-Control-Allow-Headers": "Authorization, Content-Type, Idempotency-Key, Last-Event-ID",
+            "Access-Control-Max-Age": str(PREFLIGHT_SECONDS)})
+    return None
+
+
+def _share(origins: Collection[str], response: Response) -> Response:
+    response.headers.add("Vary", "Origin")
+    origin = request.environ.get("HTTP_ORIGIN", "")
+    if origin in origins:
+        response.headers["Access-Control-Allow-Origin"] = origin
+        response.headers["Access-Control-Allow-Credentials"] = "true"
+    return response
 
 
 def refuse_foreign_pages(access: Access) -> None:

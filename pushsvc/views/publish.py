@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from contextlib import suppress
 from typing import Any
 
 from flask import Blueprint, Response, request
 
 from pushsvc.auth import COOKIE, QUERY, Access, Grant
 from pushsvc.brokers.base import Broker
-from pushsvc.errors import BadRequest, BrokerUnavailable, UnsupportedMediaType
+from pushsvc.errors import BadRequest, BrokerUnavailable, PayloadTooLarge, PushError, UnsupportedMediaType
 from pushsvc.event import DEFAULT_TYPE, KEEP_ALL, Draft, check_name
 from pushsvc.hub import Hub
 from pushsvc.views.problems import refuse_foreign_pages
@@ -17,7 +19,7 @@ from pushsvc.views.query import check_names, parse_pairs, single
 
 FORM, JSON, NDJSON = "application/x-www-form-urlencoded", "application/json", "application/x-ndjson"
 FIELDS = frozenset({"topic", "topics", "data", "event", "keep", "key", "retry"})
-_REPEATED = object()
+HEARD_BYTES = 16 << 20  # of a body that is refused
 
 
 def blueprint(hub: Hub, broker: Broker, access: Access) -> Blueprint:
@@ -26,9 +28,13 @@ def blueprint(hub: Hub, broker: Broker, access: Access) -> Blueprint:
 
     @views.post("/publish")
     def publish() -> Response:
-        grant = _admit(access)
-        kind = _media_type(request.environ)
-        body = request.get_data(cache=False)
+        try:
+            grant = _admit(access)
+            kind = _media_type(request.environ)
+            body = _body(hub.settings.max_body_bytes)
+        except PushError:
+            _hear_out()
+            raise
         drafts = [_form(body)] if kind == FORM else [_json(body)] if kind == JSON else \
             _lines(body, hub.settings.max_batch_events)
         for draft in drafts:
@@ -75,6 +81,35 @@ def _media_type(environ: dict[str, Any]) -> str:
     if environ.get("HTTP_CONTENT_ENCODING", "identity").lower() != "identity":
         raise UnsupportedMediaType("the body may not be encoded", {"Accept-Encoding": "identity"})
     return kind
+
+
+def _body(most: int) -> bytes:
+    """The whole body. Werkzeug hands over the part that it has of one that is too large or was cut off."""
+    length = request.content_length or 0
+    request.max_content_length = most + 1  # one more: a body in chunks that is too large shows it by its length
+    body = _read() if length <= most else b""
+    if max(length, len(body)) > most:
+        raise PayloadTooLarge(f"the body is larger than {most} bytes")
+    if len(body) < length:
+        raise BadRequest(f"the body was cut off: {len(body)} bytes of {length} came")
+    return body
+
+
+def _read() -> bytes:
+    try:
+        return request.get_data(cache=False)
+    except Exception as error:  # the server's own errors, which have no common class, tell of bad chunks
+        raise BadRequest("the body broke off, or its chunks are not as RFC 9112 has them") from error
+
+
+def _hear_out() -> None:
+    """Let a client that is refused send the rest of its body, to a bound: one whose connection is closed meanwhile sees
+    a broken pipe instead of the answer."""
+    ends = "wsgi.input_terminated" in request.environ
+    left = HEARD_BYTES if ends else min(request.content_length or 0, HEARD_BYTES)
+    with suppress(Exception):  # as in _read
+        while left > 0 and (data := request.environ["wsgi.input"].read(min(left, 1 << 16))):
+            left -= len(data)
 
 
 def _key(environ: dict[str, Any], grant: Grant) -> str | None:
@@ -140,8 +175,8 @@ def _parse(text: bytes) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise BadRequest(f"the field {next(name for name in names if names.count(name) > 1)[:100]!r} is repeated")
+        names = Counter(name for name, _ in pairs)
+        raise BadRequest(f"the field {names.most_common(1)[0][0][:100]!r} is repeated")
     return found
 
 

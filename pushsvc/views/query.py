@@ -26,7 +26,7 @@ def check_names(names: Iterable[str], known: Collection[str], where: str) -> Non
     """Raises BadRequest for the first name that is not known, with the nearest that is."""
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0.0)
+            near = difflib.get_close_matches(name[:100], known, 1, 0.0)
             raise BadRequest(f"{where} has no field {name[:100]!r}; the nearest is {near[0]!r}")
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -33,6 +34,7 @@ GUNICORN_VARIABLES = {
     "WEB_CONCURRENCY",
 }
 PR_SET_PDEATHSIG = 1
+PORTS = (10_000, 32_000)  # below those that the kernel gives to outgoing connections
 
 
 class Server:
@@ -244,10 +246,11 @@ class Server:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of 127.0.0.1 that nobody listens on now, and that no connection of ours or others is given meanwhile."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", random.randint(*PORTS)))
+            return int(probe.getsockname()[1])
 
 
 def _is_setting(name: str) -> bool:

@@ -1,0 +1,62 @@
+"""What processes cost, as the kernel counts it: processor time, memory, descriptors; and which machine this is."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+PROC = Path("/proc")
+
+
+def cpu_seconds(pids: Iterable[int]) -> float:
+    """User and system time of all threads of these processes so far, to the nanosecond."""
+    return sum(int(each.read_text().split()[0]) for pid in pids for each in PROC.glob(f"{pid}/task/*/schedstat")) / 1e9
+
+
+def pss_bytes(pids: Iterable[int]) -> int:
+    """Memory of these processes together: what they share with each other or with others is counted by its part."""
+    return sum(_kilobytes(PROC / str(pid) / "smaps_rollup", "Pss") for pid in pids) * 1024
+
+
+def descriptors(pid: int) -> int:
+    return len(os.listdir(PROC / str(pid) / "fd"))
+
+
+def family(pid: int) -> list[int]:
+    """A process and its descendants."""
+    children = (PROC / str(pid) / "task" / str(pid) / "children").read_text().split()
+    return [pid, *(each for child in children for each in family(int(child)))]
+
+
+def available_bytes() -> int:
+    return _kilobytes(PROC / "meminfo", "MemAvailable") * 1024
+
+
+def kernel_memory() -> dict[str, int]:
+    """What the kernel holds: slab (socket structures and the like), and the buffers and number of TCP sockets."""
+    tcp = re.search(r"^TCP: inuse (\d+) .* mem (\d+)$", (PROC / "net/sockstat").read_text(), re.MULTILINE)
+    assert tcp, "/proc/net/sockstat names TCP"
+    return {"slab_bytes": _kilobytes(PROC / "meminfo", "Slab") * 1024, "tcp_sockets": int(tcp[1]),
+            "tcp_buffer_bytes": int(tcp[2]) * os.sysconf("SC_PAGE_SIZE")}
+
+
+def machine() -> dict[str, Any]:
+    model = re.search(r"^model name\s*: (.*)$", (PROC / "cpuinfo").read_text(), re.MULTILINE)
+    return {"cores": os.cpu_count(), "processor": model[1] if model else platform.machine(),
+            "memory_gib": round(_kilobytes(PROC / "meminfo", "MemTotal") / (1 << 20), 1),
+            "linux": ".".join(platform.release().split(".")[:2]), "python": platform.python_version()}
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+
+
+def _kilobytes(path: Path, name: str) -> int:
+    found = re.search(rf"^{name}:\s*(\d+) kB$", path.read_text(), re.MULTILINE)
+    assert found, f"{path} names {name}"
+    return int(found[1])

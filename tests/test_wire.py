@@ -1,0 +1,706 @@
+"""`GET /events` on the wire: what a standard reader, curl and an SSE library get from the running service."""
+
+import http.client
+import json
+import re
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import quote, urlencode, urlsplit
+
+import httpx
+import pytest
+from httpx_sse import connect_sse
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.client import Stream, publish, publish_form, publish_lines, request
+from tests.support.reader import EventReader, Message
+from tests.support.server import Server
+from tests.support.wait import eventually
+
+HISTORY = 20  # events per topic: few, so that retention is soon seen
+HEARTBEAT = 1  # seconds
+SETTINGS = {"PUSHSVC_HEARTBEAT_SECONDS": str(HEARTBEAT), "PUSHSVC_HISTORY_EVENTS": str(HISTORY)}
+TIMEOUT = 20  # for what takes milliseconds on an idle machine
+FORM, JSON, NDJSON = "application/x-www-form-urlencoded", "application/json", "application/x-ndjson"
+
+# What breaks readers and writers that take more for a line end, or less for text, than the standard does.
+NASTY = [
+    "", " ", "  two leading spaces", ": no comment", "data: not a field", "id: 1\nevent: x\nretry: 1",
+    "\n", "\r", "\r\n", "\n\n\n", "\r\r\n\n\r", "a\rb\nc\r\nd", "ends with LF\n", "ends with CR\r",
+    "NUL \0 within", "\x01\x1f\x7f\x80\x85\x9f", "\v\f\x1c\x1d\x1e", "a\u2028b\u2029c\u0085d",
+    "\ufeffBOM first", "BOM \ufeff within", "\U0001f468\u200d\U0001f469", "\U0010ffff\ufffe\uffff", "e\u0301\u202e",
+    '{"json": "\\u0000"}', "+%20&=;", "\t tab",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with Server(tmp_path_factory.mktemp("wire"), env=SETTINGS) as server:
+        yield server
+        eventually(lambda: metric(server, "pushsvc_streams") == 0, 30, message="a stream has survived the tests")
+
+
+@pytest.fixture
+def url(server: Server) -> str:
+    return server.url
+
+
+@pytest.fixture
+def topic(request: pytest.FixtureRequest) -> str:
+    """A topic of the test's own."""
+    return f"{re.sub(r'[^a-z0-9]+', '-', request.node.name)[:200]}-{uuid.uuid4().hex[:6]}"
+
+
+def metric(server: Server, name: str) -> float:
+    """The sum of a metric over all workers and labels."""
+    text = request("GET", f"{server.url}/metrics").text
+    return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if re.match(rf"{name}[ {{]", line))
+
+
+def data_of(messages: list[Message]) -> list[str]:
+    return [message.data for message in messages]
+
+
+def position(id: str) -> tuple[str, int]:
+    """What makes ids comparable. Clients may not do this; tests of their order must."""
+    epoch, _, seq = id.partition("-")
+    return epoch, int(seq)
+
+
+def normal(data: str) -> str:
+    """The data as a reader of the plain form must get it: the three line ends become one."""
+    return data.replace("\r\n", "\n").replace("\r", "\n")
+
+
+# --- The answer and its opening --------------------------------------------------------------------------
+
+
+def test_answer_has_the_status_and_headers_of_the_contract(url: str, topic: str) -> None:
+    with Stream(url, topic) as stream:
+        assert stream.status == 200
+        assert stream.headers["content-type"] == "text/event-stream"
+        assert stream.headers["cache-control"] == "no-store"
+        assert stream.headers["x-accel-buffering"] == "no"
+        assert stream.headers["transfer-encoding"] == "chunked"
+        assert "content-length" not in stream.headers
+        assert "set-cookie" not in stream.headers
+
+
+def test_stream_opens_at_once_with_retry_and_a_comment(url: str, topic: str) -> None:
+    with Stream(url, topic) as stream:
+        stream.opened(TIMEOUT)
+        assert stream.reader.reconnection_time == 3000
+        assert re.match(rb"retry: 3000\n:[^\n]*\n", bytes(stream.raw))
+
+
+def test_stream_without_an_id_is_live_only(url: str, topic: str) -> None:
+    publish(url, topic=topic, data="before")
+    with Stream(url, topic) as stream:
+        stream.opened(TIMEOUT)
+        publish(url, topic=topic, data="after")
+        assert stream.next(TIMEOUT).data == "after"
+
+
+def test_event_comes_as_the_fields_event_id_data_in_this_order(url: str, topic: str) -> None:
+    with Stream(url, topic) as stream:
+        stream.opened(TIMEOUT)
+        id = publish(url, topic=topic, event="news", data="one\r\ntwo\rthree\nfour")
+        assert stream.next(TIMEOUT) == Message("news", "one\ntwo\nthree\nfour", id)
+        expected = f"event: news\nid: {id}\ndata: one\ndata: two\ndata: three\ndata: four\n\n"
+        assert bytes(stream.raw).endswith(expected.encode())
+
+
+@pytest.mark.parametrize("fields", [{}, {"event": "message"}], ids=["left out", "asked for"])
+def test_default_event_message_is_left_out(url: str, topic: str, fields: dict[str, str]) -> None:
+    with Stream(url, topic) as stream:
+        stream.opened(TIMEOUT)
+        id = publish(url, topic=topic, data="x", **fields)
+        assert stream.next(TIMEOUT) == Message("message", "x", id)
+        assert b"event:" not in stream.raw
+        assert bytes(stream.raw).endswith(f"id: {id}\ndata: x\n\n".encode())
+
+
+def test_event_with_retry_changes_the_reconnection_time(url: str, topic: str) -> None:
+    with Stream(url, topic) as stream:
+        stream.opened(TIMEOUT)
+        publish(url, topic=topic, data="x", retry=0)
+        assert stream.next(TIMEOUT).data == "x"
+        assert stream.reader.reconnection_time == 0
+
+
+def test_empty_data_is_an_event(url: str, topic: str) -> None:
+    with Stream(url, topic) as stream:
+        stream.opened(TIMEOUT)
+        id = publish(url, topic=topic, data="")
+        assert stream.next(TIMEOUT) == Message("message", "", id)
+
+
+# --- Topics, the envelope, the order ---------------------------------------------------------------------
+
+
+def test_envelope_is_one_json_object_with_id_topic_event_and_data(url: str, topic: str) -> None:
+    with Stream(url, topic, envelope=True) as stream:
+        stream.opened(TIMEOUT)
+        id = publish(url, topic=topic, event="news", data="one\r\ntwo")
+        message = stream.next(TIMEOUT)
+        assert (message.type, message.last_event_id) == ("news", id)
+        pairs = json.loads(message.data, object_pairs_hook=list)
+        assert pairs == [("id", id), ("topic", topic), ("event", "news"), ("data", "one\r\ntwo")]
+
+
+def test_envelope_names_the_default_event_too(url: str, topic: str) -> None:
+    with Stream(url, topic, envelope=True) as stream:
+        stream.opened(TIMEOUT)
+        publish(url, topic=topic, data="x")
+        message = stream.next(TIMEOUT)
+        assert message.type == "message"
+        assert json.loads(message.data)["event"] == "message"
+
+
+def test_envelope_names_the_topic_that_matched(url: str, topic: str) -> None:
+    with Stream(url, [f"{topic}-c", f"{topic}-b"], envelope=True) as stream:
+        stream.opened(TIMEOUT)
+        publish(url, topics=[f"{topic}-a", f"{topic}-b"], data="x")
+        publish(url, topic=f"{topic}-c", data="y")
+        topics = [json.loads(message.data)["topic"] for message in stream.take(2, TIMEOUT)]
+        assert topics == [f"{topic}-b", f"{topic}-c"]
+
+
+def test_event_of_several_topics_of_a_stream_comes_once(url: str, topic: str) -> None:
+    topics = [f"{topic}-{letter}" for letter in "abc"]
+    with Stream(url, topics) as live:
+        live.opened(TIMEOUT)
+        first = publish(url, topics=topics, data="first")
+        second = publish(url, topics=[*topics[1:], f"{topic}-other"], data="second")
+        last = publish(url, topic=topics[0], data="last")
+        expected = [first, second, last]
+        assert [message.last_event_id for message in live.take(3, TIMEOUT)] == expected
+    with Stream(url, topics, last_event_id="earliest") as replayed:
+        assert [message.last_event_id for message in replayed.take(3, TIMEOUT)] == expected
+
+
+def test_topic_asked_for_twice_counts_once(url: str, topic: str) -> None:
+    with Stream(url, [topic, topic]) as stream:
+        stream.opened(TIMEOUT)
+        publish(url, topic=topic, data="a")
+        publish(url, topic=topic, data="b")
+        assert data_of(stream.take(2, TIMEOUT)) == ["a", "b"]
+
+
+def test_events_of_other_topics_do_not_come(url: str, topic: str) -> None:
+    with Stream(url, topic) as stream:
+        stream.opened(TIMEOUT)
+        for other in (f"{topic}x", topic[:-1], topic.upper(), f"{topic} ", "*"):
+            publish(url, topic=other, data="not for you")
+        publish(url, topic=topic, data="for you")
+        assert stream.next(TIMEOUT).data == "for you"
+
+
+def test_ids_grow_in_the_order_of_delivery_over_all_topics(url: str, topic: str) -> None:
+    topics = [f"{topic}-{number}" for number in range(3)]
+    with Stream(url, topics) as stream:
+        stream.opened(TIMEOUT)
+        sent = [publish(url, topic=topics[count % 3], data=str(count)) for count in range(15)]
+        got = stream.take(15, TIMEOUT)
+        assert [message.last_event_id for message in got] == sent
+        assert data_of(got) == [str(count) for count in range(15)]
+        assert sorted(sent, key=position) == sent
+        assert len({epoch for epoch, _ in map(position, sent)}) == 1
+
+
+def test_stream_may_name_a_thousand_topics(url: str, topic: str) -> None:
+    topics = [f"user-{number:020}" for number in range(1000)]
+    with Stream(url, topics, timeout=TIMEOUT) as stream:
+        assert stream.status == 200
+        stream.opened(TIMEOUT)
+        id = publish(url, topics=topics, data="to all")
+        assert stream.next(TIMEOUT) == Message("message", "to all", id)
+
+
+# --- Resuming --------------------------------------------------------------------------------------------
+
+RESUMES = {
+    "by the header": ({"Last-Event-ID": "{1}"}, {}),
+    "by last_event_id": ({}, {"last_event_id": "{1}"}),
+    "by lastEventID": ({}, {"lastEventID": "{1}"}),
+    "by the header before the query": ({"Last-Event-ID": "{1}"}, {"last_event_id": "{0}"}),
+    "by the query under an empty header": ({"Last-Event-ID": ""}, {"last_event_id": "{1}"}),
+}
+
+
+@pytest.mark.parametrize(("headers", "query"), RESUMES.values(), ids=RESUMES)
+def test_stream_resumes_after_the_id(url: str, topic: str, headers: dict[str, str], query: dict[str, str]) -> None:
+    ids = [publish(url, topic=topic, data=str(count)) for count in range(4)]
+    asked = urlencode({"topic": topic} | {name: value.format(*ids) for name, value in query.items()})
+    headers = {name: value.format(*ids) for name, value in headers.items()}
+    with Stream(url, [], path=f"/events?{asked}", headers=headers) as stream:
+        assert data_of(stream.take(2, TIMEOUT)) == ["2", "3"]
+        publish(url, topic=topic, data="live")
+        assert stream.next(TIMEOUT).data == "live"
+
+
+def test_resume_from_the_newest_id_brings_only_what_is_new(url: str, topic: str) -> None:
+    id = publish(url, topic=topic, data="seen")
+    with Stream(url, topic, last_event_id=id) as stream:
+        stream.opened(TIMEOUT)
+        publish(url, topic=topic, data="new")
+        assert stream.next(TIMEOUT).data == "new"
+
+
+def test_id_of_another_topic_resumes_too(url: str, topic: str) -> None:
+    publish(url, topic=topic, data="before")
+    id = publish(url, topic=f"{topic}-other", data="elsewhere")
+    publish(url, topic=topic, data="after")
+    with Stream(url, topic, last_event_id=id) as stream:
+        assert stream.next(TIMEOUT).data == "after"
+
+
+def test_reader_that_lost_its_connection_before_any_event_misses_nothing(url: str, topic: str) -> None:
+    with Stream(url, topic) as stream:
+        publish(url, topic=f"{topic}-other", data="makes the position known")
+        stream.opened(TIMEOUT)
+        stands_at = eventually(lambda: stream.last_event_id, message="no id before the first event")
+    publish(url, topic=topic, data="missed")
+    with Stream(url, topic, last_event_id=stands_at) as stream:
+        assert stream.next(TIMEOUT).data == "missed"
+
+
+@pytest.mark.parametrize("where", ["header", "query"])
+def test_earliest_brings_all_that_history_holds_then_live(url: str, topic: str, where: str) -> None:
+    for count in range(3):
+        publish(url, topic=topic, data=str(count))
+    asked = {"last_event_id": "earliest"} if where == "header" else {"query_last_event_id": "earliest"}
+    with Stream(url, topic, **asked) as stream:
+        assert data_of(stream.take(3, TIMEOUT)) == ["0", "1", "2"]
+        publish(url, topic=topic, data="live")
+        assert stream.next(TIMEOUT).data == "live"
+
+
+def test_replay_has_the_same_bytes_as_live(url: str, topic: str) -> None:
+    def frames(stream: Stream, count: int) -> bytes:
+        stream.take(count, TIMEOUT)
+        return bytes(stream.raw)[bytes(stream.raw).index(b"event: first") :]
+
+    for envelope in (False, True):
+        with Stream(url, topic, envelope=envelope) as stream:
+            stream.opened(TIMEOUT)
+            before = publish(url, topic=f"{topic}-other", data="")
+            publish(url, topic=topic, event="first", data="a\r\nb", retry=7)
+            publish(url, topic=topic, data="\u2028 \0 \U0001f600")
+            live = frames(stream, 2)
+        with Stream(url, topic, envelope=envelope, last_event_id=before) as stream:
+            assert frames(stream, 2) == live
+
+
+# --- Gaps ------------------------------------------------------------------------------------------------
+
+FOREIGN_IDS = ["garbage", "0", "-", "12", "00000000001-5", "ffffffffffe-1", "é \U0001f600", "*", "null", "x" * 255]
+
+
+@pytest.mark.parametrize("asked", FOREIGN_IDS)
+def test_id_that_is_not_ours_is_told_as_a_gap_and_history_follows(url: str, topic: str, asked: str) -> None:
+    first = publish(url, topic=topic, data="held")
+    with Stream(url, topic, query_last_event_id=asked) as stream:
+        gap, held = stream.take(2, TIMEOUT)
+        assert gap.type == "gap"
+        told = json.loads(gap.data)
+        assert list(told) == ["from", "to", "reason"]
+        assert (told["from"], told["reason"]) == (asked, "epoch")
+        assert position(gap.last_event_id) < position(first)
+        assert held == Message("message", "held", first)
+        publish(url, topic=topic, data="live")
+        assert stream.next(TIMEOUT).data == "live"
+
+
+def test_gap_comes_alone_when_history_holds_nothing_and_live_follows(url: str, topic: str) -> None:
+    with Stream(url, topic, last_event_id="garbage") as stream:
+        gap = stream.next(TIMEOUT)
+        assert (gap.type, json.loads(gap.data)["reason"]) == ("gap", "epoch")
+        id = publish(url, topic=topic, data="live")
+        assert stream.next(TIMEOUT) == Message("message", "live", id)
+
+
+def test_id_that_is_ahead_of_the_log_is_told_as_a_gap_and_live_follows(url: str, topic: str) -> None:
+    epoch, seq = position(publish(url, topic=topic, data="held"))
+    with Stream(url, topic, last_event_id=f"{epoch}-{seq + 1_000_000}") as stream:
+        gap = stream.next(TIMEOUT)
+        told = json.loads(gap.data)
+        assert (told["from"], told["reason"]) == (f"{epoch}-{seq + 1_000_000}", "epoch")
+        publish(url, topic=topic, data="live")
+        messages = stream.until(lambda message: message.data == "live", TIMEOUT)
+        assert all(position(message.last_event_id) >= position(gap.last_event_id) for message in messages)
+
+
+def test_trimmed_history_is_told_as_a_gap_and_the_rest_follows_in_order(url: str, topic: str) -> None:
+    first = publish(url, topic=topic, data="first")
+    ids = publish_lines(url, [{"topic": topic, "data": str(count)} for count in range(3 * HISTORY)])
+
+    def trimmed() -> list[Message] | None:
+        with Stream(url, topic, last_event_id=first) as stream:
+            messages = stream.until(lambda message: message.last_event_id == ids[-1], TIMEOUT)
+        return messages if len(messages) == 1 + HISTORY else None
+
+    gap, *rest = eventually(trimmed, TIMEOUT, 0.1, "history was not trimmed to its bound")
+    assert gap.type == "gap"
+    assert [message.last_event_id for message in rest] == ids[-HISTORY:]
+    assert json.loads(gap.data) == {"from": first, "to": ids[-HISTORY - 1], "reason": "trimmed"}
+    assert gap.last_event_id == ids[-HISTORY - 1]
+
+    with Stream(url, topic, last_event_id=gap.last_event_id) as stream:
+        assert [message.last_event_id for message in stream.take(HISTORY, TIMEOUT)] == ids[-HISTORY:]
+    with Stream(url, topic, last_event_id="earliest") as stream:
+        assert [message.last_event_id for message in stream.take(HISTORY, TIMEOUT)] == ids[-HISTORY:]
+
+
+def test_gap_in_envelope_form_is_the_same_event(url: str, topic: str) -> None:
+    with Stream(url, topic, envelope=True, last_event_id="garbage") as stream:
+        gap = stream.next(TIMEOUT)
+        assert (gap.type, list(json.loads(gap.data))) == ("gap", ["from", "to", "reason"])
+
+
+# --- Heartbeats ------------------------------------------------------------------------------------------
+
+
+def test_silence_is_broken_by_a_comment_every_heartbeat_interval(url: str, topic: str) -> None:
+    with Stream(url, topic) as stream:
+        stream.opened(TIMEOUT)
+        before, begun = len(stream.reader.comments), time.monotonic()
+        eventually(lambda: stream.quiet(0.2) or len(stream.reader.comments) >= before + 2, TIMEOUT, 0)
+        assert time.monotonic() - begun >= HEARTBEAT, "heartbeats come faster than was asked for"
+
+
+def test_heartbeat_does_not_change_what_a_reader_resumes_from(url: str, topic: str) -> None:
+    id = publish(url, topic=topic, data="seen")
+    with Stream(url, topic, last_event_id=id) as stream:
+        stream.opened(TIMEOUT)
+        before = len(stream.reader.comments)
+        eventually(lambda: stream.quiet(0.2) or len(stream.reader.comments) > before, TIMEOUT, 0)
+        assert stream.reader.last_event_id in ("", id)
+        assert not stream.reader.has_incomplete()
+
+
+def test_busy_stream_gets_no_heartbeats(url: str, topic: str) -> None:
+    with Stream(url, topic) as stream:
+        stream.opened(TIMEOUT)
+        published, until = time.monotonic(), time.monotonic() + 2.5 * HEARTBEAT
+        while time.monotonic() < until:
+            before, last = len(stream.reader.comments), published
+            published = time.monotonic()
+            publish(url, topic=topic, data="x")
+            stream.next(TIMEOUT)
+            if time.monotonic() - last < HEARTBEAT / 3:  # a machine that paused for longer has made a silence
+                assert len(stream.reader.comments) == before
+            stream.quiet(0.05)
+
+
+# --- Other ways to ask -----------------------------------------------------------------------------------
+
+
+def test_http_1_0_client_gets_the_stream_unframed(url: str, topic: str) -> None:
+    publish(url, topic=topic, data="held")
+    with Stream(url, topic, version="1.0", last_event_id="earliest") as stream:
+        assert stream.status == 200
+        assert "transfer-encoding" not in stream.headers
+        assert "content-length" not in stream.headers
+        assert stream.headers["content-type"] == "text/event-stream"
+        assert stream.next(TIMEOUT).data == "held"
+        publish(url, topic=topic, data="live")
+        assert stream.next(TIMEOUT).data == "live"
+        assert stream.raw.startswith(b"retry: ")
+        eventually(lambda: stream.quiet(0.2) or stream.reader.comments[1:], TIMEOUT, 0, "no heartbeat")
+
+
+def test_head_answers_the_headers_and_leaves_no_stream_open(server: Server, topic: str) -> None:
+    opened = metric(server, "pushsvc_streams_opened_total")
+    with Stream(server.url, topic, last_event_id="earliest") as stream:
+        streamed = stream.headers
+    eventually(lambda: metric(server, "pushsvc_streams_opened_total") > opened)
+    opened = metric(server, "pushsvc_streams_opened_total")
+    answer = request("HEAD", f"{server.url}/events?topic={topic}", headers={"Connection": "keep-alive"})
+    assert (answer.status, answer.body) == (200, b"")
+    for name in ("content-type", "cache-control", "x-accel-buffering"):
+        assert answer.headers[name] == streamed[name]
+    # "A server MAY send a Content-Length header field in a response to a HEAD request; a server MUST NOT send
+    # Content-Length in such a response unless its field value equals the decimal number of octets that would have been
+    # sent in the content of a response if the same request had used the GET method." (RFC 9110, section 8.6)
+    assert "content-length" not in answer.headers
+    eventually(lambda: metric(server, "pushsvc_streams") == 0, 30, message="HEAD has left a stream open")
+    assert metric(server, "pushsvc_streams_opened_total") == opened
+
+
+def test_head_is_refused_as_get_is(url: str) -> None:
+    answer = request("HEAD", f"{url}/events")
+    assert (answer.status, answer.headers["content-type"]) == (400, "application/problem+json")
+
+
+REFUSED = {
+    "no query": "",
+    "no topic": "envelope=1",
+    "an empty topic": "topic=",
+    "one empty topic of two": "topic=a&topic=",
+    "a control character": "topic=a%00b",
+    "a line end": "topic=a%0Ab",
+    "a C1 control character": "topic=a%C2%85b",
+    "a topic of 256 bytes": "topic=" + "a" * 256,
+    "a topic of 128 characters and 256 bytes": "topic=" + "%C3%A9" * 128,
+    "a topic that is not UTF-8": "topic=%FF",
+    "a topic that is a surrogate": "topic=%ED%A0%80",
+    "too many topics": "&".join(f"topic={number}" for number in range(1001)),
+    "an unknown field": "topic=a&topics=b",
+    "an unknown field that is not UTF-8": "topic=a&%FF=b",
+    "a repeated field": "topic=a&envelope=1&envelope=1",
+    "an envelope that is no flag": "topic=a&envelope=yes",
+    "an empty envelope": "topic=a&envelope=",
+    "an id with a line end": "topic=a&last_event_id=1%0A2",
+    "an id with NUL": "topic=a&last_event_id=%00",
+    "an id that is too long": "topic=a&last_event_id=" + "1" * 256,
+    "two spellings of the id": "topic=a&last_event_id=1&lastEventID=1",
+}
+
+
+@pytest.mark.parametrize("query", REFUSED.values(), ids=REFUSED)
+def test_request_that_breaks_the_contract_is_a_problem(url: str, query: str) -> None:
+    answer = request("GET", f"{url}/events?{query}")
+    assert (answer.status, answer.headers["content-type"]) == (400, "application/problem+json")
+    problem = answer.json()
+    assert (problem["status"], bool(problem["title"]), bool(problem["detail"])) == (400, True, True)
+
+
+def test_unknown_query_field_is_told_the_nearest_that_exists(url: str) -> None:
+    assert "'topic'" in request("GET", f"{url}/events?topci=a").json()["detail"]
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
+def test_other_method_is_a_problem_that_says_what_is_allowed(url: str, method: str) -> None:
+    answer = request(method, f"{url}/events?topic=a")
+    assert (answer.status, answer.headers["content-type"]) == (405, "application/problem+json")
+    assert {"GET", "HEAD"} <= set(answer.headers["allow"].split(", "))
+
+
+# --- gunicorn's own worker as the measure ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The same service under gunicorn's own gevent worker: its parser, and streams that are plain generators."""
+    with Server(tmp_path_factory.mktemp("stock"), workers=1, env=SETTINGS, worker_class="gevent") as stock:
+        yield stock
+
+
+def test_stream_is_the_same_under_gunicorns_own_worker(server: Server, stock: Server, topic: str) -> None:
+    def seen(url: str, topic: str, **asked: Any) -> tuple[dict[str, str], bytes, bytes]:
+        """Headers, bytes and heartbeat of a stream of the same story: a gap, history, live events, silence."""
+        epoch, begin = position(publish(url, topic=topic, data="held", event="a"))
+        publish_lines(url, [{"topic": topic, "data": data} for data in NASTY[:5]])
+        with Stream(url, [topic, f"{topic}-b"], last_event_id="garbage", **asked) as stream:
+            stream.take(7, TIMEOUT)
+            for data in NASTY[5:]:
+                publish(url, topics=[f"{topic}-b", topic], data=data, event="b", retry=5)
+                stream.next(TIMEOUT)
+            story = bytes(stream.raw).replace(b"\n:\n", b"\n")  # a slow machine has made a silence
+            ids = re.compile(rb"%b-([1-9]\d*)" % epoch.encode())  # but 0, which the gap begins with
+            story = ids.sub(lambda found: b"E-%d" % (int(found[1]) - begin), story).replace(epoch.encode(), b"E")
+            length = len(stream.raw)
+            if not asked:
+                eventually(lambda: stream.quiet(0.2) or len(stream.raw) > length, TIMEOUT, 0)
+        headers = {name: value for name, value in stream.headers.items() if name != "date"}
+        return headers, story, bytes(stream.raw[length:])
+
+    for name, asked in {"plain": {}, "envelope": {"envelope": True}, "unframed": {"version": "1.0"}}.items():
+        assert seen(stock.url, f"{topic}-{name}", **asked) == seen(server.url, f"{topic}-{name}", **asked)
+
+
+TARGETS = [
+    "/events?topic=a", "/events", "/events?", "/events?topic=", "/events?topic=a&topic=b&envelope=1",
+    "/events?topic=%C3%A9+x", "/events?topic=é", "/events?topic=%FF", "/events?topic=a#x", "/events#?topic=a",
+    "/events?topic=a?b", "/events?topic=a;b", "/events/?topic=a", "//events?topic=a", "/%65vents?topic=a",
+    "/./events?topic=a", "/EVENTS?topic=a", "/events%00?topic=a", "http://other/events?topic=a", "events?topic=a", "*",
+    "/events?topic=a b", "/events?topic=a\tb", "/events?topic=\x7f", "/events?topic=a&last_event_id=garbage",
+    "/events?topic=" + "a" * 256,
+]  # fmt: skip
+FIELDS = [
+    "", "Host: other", "host: x", "Last-Event-ID: garbage", "last-event-id:garbage", "Last-Event-ID: \t garbage \t",
+    "Last-Event-ID:", "Last-Event-ID: a\r\nLast-Event-ID: b", "Last_Event_ID: garbage", "Last-Event-ID: \xff",
+    "Last-Event-ID: é", "Last-Event-ID: a\x01", "Last-Event-ID: a\0", "Last-Event-ID: a\r\n b", "Last-Event-ID : a",
+    " Last-Event-ID: a", "Last-Event-ID", "X: a\nLast-Event-ID: b", "Connection: close", "connection: Close",
+    "Connection: keep-alive, close", "Connection: upgrade\r\nUpgrade: websocket",
+    "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA",
+    "Content-Length: 0", "Content-Length: 3", "Content-Length: x", "Content-Length: 0\r\nContent-Length: 1",
+    "Transfer-Encoding: x", "Transfer-Encoding: chunked", "Content-Type: a\r\nContent-Type: b", "Expect: 100-continue",
+    "Expect: x", "TE: trailers", "X-Forwarded-Proto: https", "X-Forwarded-For: 10.0.0.1", "Forwarded: for=10.0.0.1",
+    "Script-Name: /x", "Path-Info: /x", "Cookie: a=b\r\nCookie: c=d", "Cookie: \xff=\xfe",
+    "Origin: https://evil.example", "Authorization: Bearer x", "X: " + "x" * 8000, "X: " + "x" * 9000,
+    "\r\n".join(f"X-{number}: x" for number in range(99)), "\r\n".join(f"X-{number}: x" for number in range(120)),
+    "é: x", "X@Y: x", ": x", "X:y: z",
+]  # fmt: skip
+REQUESTS = [f"GET {target} HTTP/1.1\r\nHost: x\r\n\r\n" for target in TARGETS]
+REQUESTS += ["\r\n".join(["GET /events?topic=a HTTP/1.1", "Host: x", *filter(None, [each]), "", ""]) for each in FIELDS]
+REQUESTS += [
+    f"{line}\r\nHost: x\r\n\r\n"
+    for line in (
+        "GET /events?topic=a HTTP/1.0", "GET /events?topic=a HTTP/1.2", "GET /events?topic=a HTTP/2.0",
+        "GET /events?topic=a", "get /events?topic=a HTTP/1.1", "HEAD /events?topic=a HTTP/1.1",
+        "OPTIONS /events HTTP/1.1", "POST /events?topic=a HTTP/1.1", "GET  /events?topic=a HTTP/1.1",
+        "GET /events?topic=a  HTTP/1.1", "GET /events?topic=a HTTP/1.1 ", " GET /events?topic=a HTTP/1.1",
+        "\r\nGET /events?topic=a HTTP/1.1", "\r\n\r\nGET /events?topic=a HTTP/1.1", "\nGET /events?topic=a HTTP/1.1",
+    )
+]  # fmt: skip
+REQUESTS += [
+    "GET /events?topic=a HTTP/1.1\r\n\r\n",
+    "GET /events?topic=a HTTP/1.1\nHost: x\n\n",
+    "GET /events HTTP/1.1\r\nHost: x\r\n\r\nGET /events?topic=a HTTP/1.1\r\nHost: x\r\n\r\n",
+    "GET /events?topic=a HTTP/1.1\r\nHost: x\r\n\r\nGET /events HTTP/1.1\r\nHost: x\r\n\r\n",
+]
+
+
+def answer_to(url: str, request: str) -> tuple[str, list[tuple[str, str]], bytes]:
+    """Status line, headers and body (of a stream: how it begins) of what a request gets that is sent as it is."""
+    parts = urlsplit(url)
+    with socket.create_connection((parts.hostname, parts.port), TIMEOUT) as connection:
+        connection.sendall(request.encode("utf-8" if "é" in request else "latin-1"))
+        answer = http.client.HTTPResponse(connection, method=request.split()[0])
+        answer.begin()
+        streams = answer.status == 200 and answer.headers["Content-Type"] == "text/event-stream"
+        body = b"" if streams and request.startswith("HEAD") else answer.read1() if streams else answer.read()
+        answer.close()
+    headers = [(name, value) for name, value in answer.getheaders() if name != "Date"]
+    return f"{answer.version} {answer.status} {answer.reason}", headers, re.sub(rb"[0-9a-f]{11}-\d+", b"ID", body)
+
+
+@pytest.mark.parametrize("sent", REQUESTS, ids=lambda sent: ascii(sent)[:80])
+def test_request_is_understood_as_under_gunicorns_own_worker(server: Server, stock: Server, sent: str) -> None:
+    """The worker reads the requests of returning clients by itself: it may not read them otherwise."""
+    expected = answer_to(stock.url, sent)
+    for _ in range(3):  # the worker that has not yet had such a request, and the one that has
+        assert answer_to(server.url, sent) == expected
+
+
+# --- Other readers ---------------------------------------------------------------------------------------
+
+
+class Curl:
+    """`curl -N` on a stream; `shown` is what it has put out so far, as a standard reader reads it."""
+
+    def __init__(self, address: str) -> None:
+        self.reader = EventReader()
+        self.messages: list[Message] = []
+        self._process = subprocess.Popen(["curl", "-sN", address], stdout=subprocess.PIPE)
+
+    def __enter__(self) -> "Curl":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def shown(self, count: int) -> list[Message]:
+        """Waits for the opening and `count` messages."""
+        assert self._process.stdout is not None
+        while len(self.messages) < count or not self.reader.comments:
+            part = self._process.stdout.read1(65_536)
+            assert part, "curl has ended"
+            self.messages += self.reader.feed(part)
+        return self.messages
+
+
+def test_curl_subscribes_publishes_and_resumes(url: str, topic: str) -> None:
+    with Curl(f"{url}/events?topic={topic}") as curl:
+        curl.shown(0)
+        form = ["-d", f"topic={topic}", "-d", "data=hello"]
+        answer = subprocess.check_output(["curl", "-sS", *form, f"{url}/publish"], timeout=TIMEOUT)
+        first = json.loads(answer)["id"]
+        assert curl.shown(1) == [Message("message", "hello", first)]
+    second = publish(url, topic=topic, event="more", data="two\nlines")
+    with Curl(f"{url}/events?topic={topic}&last_event_id={first}") as curl:
+        assert curl.shown(1) == [Message("more", "two\nlines", second)]
+
+
+def test_an_sse_library_reads_the_same_events(url: str, topic: str) -> None:
+    data = NASTY[: HISTORY - 1]
+    ids = publish_lines(url, [{"topic": topic, "event": "nasty", "data": each} for each in data])
+    params = {"topic": topic, "last_event_id": "earliest"}
+    with httpx.Client(timeout=TIMEOUT) as client, connect_sse(client, "GET", f"{url}/events", params=params) as source:
+        events = source.iter_sse()
+        got = [next(events) for _ in data]
+        id = publish(url, topic=topic, data="live")
+        live = next(events)
+    assert [(each.event, each.id) for each in got] == [("nasty", id) for id in ids]
+    assert [each.data for each in got] == [normal(each) for each in data]
+    assert (live.event, live.id, live.data) == ("message", id, "live")
+
+
+# --- What is published is what is read -------------------------------------------------------------------
+
+TEXT = st.one_of(
+    st.sampled_from(NASTY),
+    st.text(st.characters(exclude_categories=("Cs",)), max_size=200),
+    st.text(st.sampled_from("\r\n\0 :ab\u2028\ufeff\U0001f600"), max_size=30),
+)
+NAME = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=80).filter(
+    lambda name: len(name.encode()) <= 255
+)
+
+
+class Echo:
+    """Publishes in each form and reads it back in both wire forms, on two streams that stay open."""
+
+    def __init__(self, url: str, topic: str) -> None:
+        self.url = url
+        self.topic = topic
+        self.plain = Stream(url, topic, timeout=TIMEOUT).opened(TIMEOUT)
+        self.envelope = Stream(url, topic, envelope=True, timeout=TIMEOUT).opened(TIMEOUT)
+
+    def __enter__(self) -> "Echo":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.plain.close()
+        self.envelope.close()
+
+    def check(self, data: str, **fields: Any) -> None:
+        sent = {"topic": self.topic, "data": data, **fields}
+        ids = [
+            publish(self.url, **sent),
+            publish_form(self.url, list(sent.items())),
+            *publish_lines(self.url, [sent, sent]),
+        ]
+        event = fields.get("event", "message")
+        for id, plain, enveloped in zip(ids, self.plain.take(4, TIMEOUT), self.envelope.take(4, TIMEOUT), strict=True):
+            assert plain == Message(event, normal(data), id)
+            assert json.loads(enveloped.data) == {"id": id, "topic": self.topic, "event": event, "data": data}
+
+
+@pytest.fixture(scope="module")
+def echo(server: Server) -> Iterator[Echo]:
+    with Echo(server.url, "echo") as echo:
+        yield echo
+
+
+@settings(max_examples=100, deadline=None, database=None)
+@given(data=TEXT)
+def test_data_is_read_as_it_was_published(echo: Echo, data: str) -> None:
+    echo.check(data)
+
+
+@settings(max_examples=40, deadline=None, database=None)
+@given(data=TEXT, event=NAME, key=NAME)
+def test_event_and_key_may_be_any_valid_name(echo: Echo, data: str, event: str, key: str) -> None:
+    echo.check(data, event=event, key=key)
+
+
+@settings(max_examples=40, deadline=None, database=None)
+@given(topic=NAME)
+def test_topic_may_be_any_valid_name(server: Server, topic: str) -> None:
+    query = urlencode({"topic": topic, "envelope": "1"}, quote_via=quote)
+    with Stream(server.url, [], path=f"/events?{query}") as stream:
+        stream.opened(TIMEOUT)
+        id = publish(server.url, topic=topic, data="x")
+        form = publish_form(server.url, [("topics", topic), ("topics", f"{topic[:1]}-other"), ("data", "y")])
+        first, second = map(json.loads, data_of(stream.take(2, TIMEOUT)))
+        assert (first["id"], first["topic"], first["data"]) == (id, topic, "x")
+        assert (second["id"], second["topic"], second["data"]) == (form, topic, "y")
