@@ -33,8 +33,18 @@ class Stream:
         self.broker = broker
         self.subscription = subscription
         self.asked = asked
+        self._running: Generator[bytes, None, None] | None = None
 
     def __iter__(self) -> Iterator[bytes]:
+        self._running = self._run()
+        return self._running
+
+    def close(self) -> None:
+        """What a WSGI server calls when it is done with the response, however it ended (PEP 3333)."""
+        if self._running is not None:
+            self._running.close()
+
+    def _run(self) -> Generator[bytes, None, None]:
         subscription = self.subscription
         self.hub.attach(subscription)
         try:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import time
+from _socket import AF_INET, SHUT_RDWR, SOCK_STREAM
+from _socket import socket as RawSocket  # for a moment only: it wraps a descriptor that stays another's
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -90,6 +92,14 @@ class Raw:
             except BlockingIOError:
                 hub = gevent.get_hub()
                 hub.wait(hub.loop.io(self.fd, WRITE))
+
+    def abort(self) -> None:
+        """Break it off: a `sendall` that waits raises. Atomic: no switch."""
+        if self.fd >= 0:
+            connection = RawSocket(AF_INET, SOCK_STREAM, 0, fileno=self.fd)
+            with suppress(OSError):
+                connection.shutdown(SHUT_RDWR)
+            connection.detach()
 
     def detach(self) -> int:
         fd, self.fd = self.fd, -1
@@ -234,6 +244,7 @@ class PushWorker(GeventWorker):  # type: ignore[misc]
             response.force_close()
         body = self.application(environ, response.start_response)
         if type(body) is self._stream and response.chunked:
+            body.subscription.abort = raw.abort
             with suppress(OSError):
                 self.lot.run(body, response, raw)
             return

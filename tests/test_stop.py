@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import gevent
+import pytest
 from gevent.pool import Pool
 
 from tests.support.client import Connection, EndOfStream, ProtocolError, Stream, publish
@@ -250,13 +251,15 @@ def test_stop_is_not_held_up_by_an_idle_kept_connection(tmp_path: Path) -> None:
         assert server.terminate(GRACEFUL_SECONDS) < DRAIN_SECONDS + GONE_SECONDS
 
 
-def test_client_that_reads_nothing_delays_the_stop_by_no_more_than_the_drain_window(tmp_path: Path) -> None:
+@pytest.mark.parametrize("froze", ["live", "in its replay"])
+def test_client_that_reads_nothing_delays_the_stop_by_no_more_than_the_drain_window(froze: str, tmp_path: Path) -> None:
     roomy = {**ENVIRONMENT, "PUSHSVC_MAILBOX_BYTES": str(64 << 20)}  # it shall be frozen, not closed for being slow
-    with Server(tmp_path, env=roomy) as server, Stream(server.url, TOPIC, receive_buffer=4096) as frozen, \
-            Stream(server.url, TOPIC) as reader:
-        frozen.opened(PATIENCE)
-        reader.opened(PATIENCE)
-        ids = [publish(server.url, topic=TOPIC, data=f"{number} " + "x" * 500_000) for number in range(30)]
+    with Server(tmp_path, env=roomy) as server, ExitStack() as stack:
+        frozen = stack.enter_context(Stream(server.url, TOPIC, receive_buffer=4096)) if froze == "live" else None
+        reader = stack.enter_context(Stream(server.url, TOPIC)).opened(PATIENCE)
+        ids = [publish(server.url, topic=TOPIC, data=f"{number} " + "x" * 500_000) for number in range(16)]
+        if frozen is None:
+            frozen = stack.enter_context(Stream(server.url, TOPIC, query_last_event_id="earliest", receive_buffer=4096))
         assert [message.last_event_id for message in reader.take(len(ids), PATIENCE)] == ids
 
         took = server.terminate(GRACEFUL_SECONDS)
@@ -271,8 +274,10 @@ def test_client_that_reads_nothing_delays_the_stop_by_no_more_than_the_drain_win
 
         server.start()
         server.wait_ready()
-        with Stream(server.url, TOPIC, last_event_id=frozen.last_event_id) as back:
-            rest = back.take(len(ids) - len(got), PATIENCE)
+        last = frozen.last_event_id
+        back = stack.enter_context(Stream(server.url, TOPIC, last_event_id=last or None,
+                                          query_last_event_id=None if last else "earliest"))
+        rest = back.take(len(ids) - len(got), PATIENCE)
         assert [message.last_event_id for message in rest] == ids[len(got) :]
 
 

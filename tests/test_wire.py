@@ -558,7 +558,7 @@ REQUESTS += [
 ]
 
 
-def answer_to(url: str, request: str) -> tuple[str, list[tuple[str, str]], bytes]:
+def answer_to(url: str, request: str) -> tuple[str, list[tuple[str, list[str]]], bytes]:
     """Status line, headers and body (of a stream: how it begins) of what a request gets that is sent as it is."""
     parts = urlsplit(url)
     with socket.create_connection((parts.hostname, parts.port), TIMEOUT) as connection:
@@ -568,7 +568,7 @@ def answer_to(url: str, request: str) -> tuple[str, list[tuple[str, str]], bytes
         streams = answer.status == 200 and answer.headers["Content-Type"] == "text/event-stream"
         body = b"" if streams and request.startswith("HEAD") else answer.read1() if streams else answer.read()
         answer.close()
-    headers = [(name, value) for name, value in answer.getheaders() if name != "Date"]
+    headers = [(name, sorted(value.split(", "))) for name, value in answer.getheaders() if name != "Date"]
     return f"{answer.version} {answer.status} {answer.reason}", headers, re.sub(rb"[0-9a-f]{11}-\d+", b"ID", body)
 
 

@@ -1,0 +1,324 @@
+"""Parked streams: real sockets, real hang-ups, real half-open peers, and the same bytes as from the plain generator."""
+
+import contextlib
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.client import Connection, Stream, publish, publish_lines, request
+from tests.support.server import Server, free_port
+from tests.support.wait import eventually
+
+PARKING, GEVENT = "pushsvc.worker.PushWorker", "gevent"
+QUIET = {"PUSHSVC_HEARTBEAT_SECONDS": "3600"}
+HOST, PEER = "10.213.77.1", "10.213.77.2"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with Server(tmp_path_factory.mktemp("parking"), workers=1, env=QUIET) as server:
+        yield server
+
+
+def metric(server, name):
+    text = request("GET", f"{server.url}/metrics").text
+    return sum(float(value) for value in re.findall(rf"^{re.escape(name)} (\S+)$", text, re.M))
+
+
+def streams(server):
+    text = request("GET", f"{server.url}/metrics").text
+    return sum(float(value) for value in re.findall(r"^pushsvc_streams\{pid=\"\d+\"\} (\S+)$", text, re.M))
+
+
+def behind(server):
+    text = request("GET", f"{server.url}/metrics").text
+    found = re.findall(r'^pushsvc_queue_depth\{pid="\d+",queue="behind"\} (\S+)$', text, re.M)
+    assert found, "the metric of the streams that are behind is gone"
+    return sum(map(float, found))
+
+
+def evicted(server, reason):
+    return metric(server, f'pushsvc_evicted_total{{reason="{reason}"}}')
+
+
+# --- The same bytes, whoever serves them -----------------------------------------------------------------
+
+
+def _transcript(directory, worker_class, envelope):
+    """All that one stream is sent, by a worker of this class: head and body, with what differs by nature blotted out."""
+    with Server(directory, workers=1, env=QUIET, worker_class=worker_class) as server:
+        first = publish(server.url, topic="a", data="before")
+        stream = Stream(server.url, ["a", "b"], last_event_id=first.rpartition("-")[0] + "-0", envelope=envelope)
+        stream.take(1)
+        for number in range(5):
+            publish(server.url, topics=["b", "a"], data=f"line {number}\r\nüñ", event="x" if number % 2 else "message")
+            stream.take(1)
+        late = Stream(server.url, ["a"], envelope=envelope).opened()
+        publish(server.url, topic="a", data="last", retry=77)
+        stream.take(1)
+        late.take(1)
+        server.terminate(20)
+        stream.rest(10)
+        late.rest(10)
+        assert stream.clean_end
+        assert late.clean_end
+        epoch = first.partition("-")[0]
+    return [_blot(each, epoch) for each in (stream, late)]
+
+
+def _blot(stream, epoch):
+    head = {name: value for name, value in stream.headers.items() if name != "date"}
+    body = bytes(stream.raw).replace(epoch.encode(), b"EPOCH")
+    return head, re.sub(rb"retry: \d+\n: drain", b"retry: N\n: drain", body)
+
+
+@pytest.mark.parametrize("envelope", [False, True])
+def test_a_parked_stream_is_sent_the_same_bytes_as_a_plain_generator(tmp_path, envelope):
+    parked = _transcript(tmp_path / "parked", PARKING, envelope)
+    plain = _transcript(tmp_path / "plain", GEVENT, envelope)
+    assert parked == plain
+    assert b"line 4" in parked[0][1]
+
+
+def test_the_test_client_reads_the_same_stream(tmp_path):
+    from app import create_app
+    from pushsvc.settings import Settings
+
+    app = create_app(Settings(broker_url=f"sqlite:{tmp_path}/log.db"))
+    try:
+        client = app.test_client()
+        answer = client.post("/publish", json={"topic": "a", "data": "one"})
+        response = client.get("/events?topic=a&last_event_id=earliest")
+        parts = iter(response.response)
+        text = b"".join([next(parts), next(parts)])
+        assert text == f"retry: 3000\n: open\nid: {answer.json['id']}\ndata: one\n\n".encode()
+        response.close()
+        assert len(app.extensions["pushsvc"].hub) == 0
+    finally:
+        app.extensions["pushsvc"].close()
+
+
+# --- Hang-ups --------------------------------------------------------------------------------------------
+
+
+def test_a_client_that_hangs_up_is_noticed_without_a_write(server):
+    before, gone = streams(server), evicted(server, "gone")
+    clients = [Stream(server.url, "hangup").opened() for _ in range(20)]
+    assert streams(server) == before + 20
+    for number, client in enumerate(clients):
+        client.reset() if number % 2 else client.close()
+    eventually(lambda: streams(server) == before, message="the streams of clients that hung up are still there")
+    assert evicted(server, "gone") == gone + 20
+
+
+def test_a_client_that_sends_garbage_after_its_request_is_served_on_and_noticed_when_it_leaves(server):
+    before = streams(server)
+    client = Stream(server.url, "garbage").opened()
+    client._socket.sendall(b"\x00garbage\r\n\r\nGET / HTTP/1.1\r\n\r\n" * 500)
+    publish(server.url, topic="garbage", data="still here")
+    assert client.next().data == "still here"
+    client.close()
+    eventually(lambda: streams(server) == before)
+
+
+def test_a_peer_whose_link_goes_down_is_given_up_within_seconds(tmp_path):
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("a network namespace needs root and the ip command")
+    with _namespace() as (name, cut), _bound_to(tmp_path, HOST) as server:
+        code = ("import socket,sys,time;s=socket.create_connection((sys.argv[1],int(sys.argv[2])));"
+                "s.sendall(b'GET /events?topic=far HTTP/1.1\\r\\nHost: h\\r\\n\\r\\n');s.recv(100);print('open',flush=True);"
+                "time.sleep(60)")
+        command = ["ip", "netns", "exec", name, sys.executable, "-c", code, HOST, str(server.port)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as peer:
+            try:
+                assert peer.stdout.readline() == b"open\n"
+                eventually(lambda: streams(server) == 1)
+                cut()
+                eventually(lambda: streams(server) == 0, timeout=30, message="the half-open stream is still there")
+                assert evicted(server, "gone") == 1
+            finally:
+                peer.kill()
+
+
+@contextlib.contextmanager
+def _namespace():
+    """A machine of the test's own at PEER, joined to this one at HOST; its name, and what cuts the link."""
+    name = f"pushsvc-{os.getpid()}"
+    ours, theirs = f"pv{os.getpid() % 100000}a", f"pv{os.getpid() % 100000}b"
+
+    def run(*words):
+        subprocess.run(words, check=True, capture_output=True)
+
+    run("ip", "netns", "add", name)
+    try:
+        run("ip", "link", "add", ours, "type", "veth", "peer", "name", theirs, "netns", name)
+        run("ip", "addr", "add", f"{HOST}/24", "dev", ours)
+        run("ip", "link", "set", ours, "up")
+        run("ip", "netns", "exec", name, "ip", "addr", "add", f"{PEER}/24", "dev", theirs)
+        run("ip", "netns", "exec", name, "ip", "link", "set", theirs, "up")
+        yield name, lambda: run("ip", "netns", "exec", name, "ip", "link", "set", theirs, "down")
+    finally:
+        subprocess.run(["ip", "link", "del", ours], capture_output=True)
+        run("ip", "netns", "del", name)
+
+
+@contextlib.contextmanager
+def _bound_to(directory, host):
+    port = free_port()
+    env = {"PUSHSVC_BIND": f"127.0.0.1:{port},{host}:{port}", "PUSHSVC_AUTH": "none", "PUSHSVC_DEAD_SECONDS": "2",
+           "PUSHSVC_HEARTBEAT_SECONDS": "1"}
+    with Server(directory, workers=1, env=env, port=port) as server:
+        yield server
+
+
+# --- Full sockets ----------------------------------------------------------------------------------------
+
+
+def test_a_reader_that_is_stopped_and_goes_on_in_time_misses_nothing(server, tmp_path):
+    output = tmp_path / "out"
+    with output.open("wb") as out, subprocess.Popen(
+            ["curl", "-sN", f"{server.url}/events?topic=stopped"], stdout=out) as reader:
+        try:
+            eventually(lambda: b": open" in output.read_bytes())
+            os.kill(reader.pid, signal.SIGSTOP)
+            data = "x" * 60_000
+            for number in range(400):  # 24 MB: far more than both sockets hold
+                publish(server.url, topic="stopped", data=f"{number} {data}")
+                if behind(server):
+                    break
+            assert behind(server) == 1, "the socket of a stopped reader never got full"
+            publish(server.url, topic="stopped", data="the last")
+            os.kill(reader.pid, signal.SIGCONT)
+            eventually(lambda: b"data: the last\n" in output.read_bytes()[-200:])
+            numbers = [int(found) for found in re.findall(rb"^data: (\d+) ", output.read_bytes(), re.M)]
+            assert numbers == list(range(number + 1))
+            eventually(lambda: behind(server) == 0, message="a stream that caught up still has its greenlet")
+        finally:
+            os.kill(reader.pid, signal.SIGCONT)
+            reader.kill()
+
+
+def test_a_thousand_frozen_readers_are_closed_as_slow_and_others_still_receive(tmp_path):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    env = {**QUIET, "PUSHSVC_MAILBOX_BYTES": "65536"}
+    with Server(tmp_path, workers=1, env=env) as server:
+        frozen = [Stream(server.url, "ice", receive_buffer=4096).opened(30) for _ in range(1000)]
+        reader = Stream(server.url, "ice").opened()
+        witness = Stream(server.url, "other").opened()
+        sent = []
+        deadline = time.monotonic() + 120
+        with Connection(server.url) as publisher:
+            while evicted(server, "slow") < 1000 and time.monotonic() < deadline:
+                for _ in range(5):
+                    sent.append(publisher.publish(topic="ice", data="y" * 50_000))
+                    publisher.publish(topic="other", data="small")
+                    assert witness.next(30).data == "small"
+                    assert reader.next(30).last_event_id == sent[-1]
+        assert evicted(server, "slow") == 1000
+        eventually(lambda: behind(server) == 0)
+        assert streams(server) == 2
+        back = Stream(server.url, "ice", last_event_id=frozen[0].last_event_id)
+        seen = [message.last_event_id for message in back.take(len(sent), 30)]
+        assert seen == sent
+        for client in frozen:
+            client.close()
+
+
+# --- Bounds ----------------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_is_full_refuses_softly_and_keeps_publishing(tmp_path):
+    with Server(tmp_path, workers=1, env={**QUIET, "PUSHSVC_MAX_STREAMS": "30"}) as server:
+        held = [Stream(server.url, "full").opened() for _ in range(30)]
+        refused = Stream(server.url, "full")
+        assert refused.rest() == []
+        assert (refused.status, refused.clean_end) == (200, True)
+        assert refused.reader.reconnection_time is not None
+        publish(server.url, topic="full", data="for those who are in")
+        assert all(stream.next().data == "for those who are in" for stream in held)
+        assert request("GET", f"{server.url}/healthz").status == 200
+        held.pop().close()
+        eventually(lambda: streams(server) == 29)
+        Stream(server.url, "full").opened()
+
+
+def test_a_worker_without_descriptors_does_not_spin_and_recovers(tmp_path):
+    with Server(tmp_path, workers=1, env=QUIET) as server:
+        worker, = server.worker_pids()
+        held = [Stream(server.url, "few").opened() for _ in range(10)]
+        used = len(os.listdir(f"/proc/{worker}/fd"))
+        resource.prlimit(worker, resource.RLIMIT_NOFILE, (used + 5, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        waiting = [_connected(server) for _ in range(40)]
+        before = _cpu_seconds(worker)
+        time.sleep(2)
+        spent = _cpu_seconds(worker) - before
+        assert spent < 0.5, f"{spent:.2f} s of CPU in 2 s of waiting"
+        assert len(os.listdir(f"/proc/{worker}/fd")) >= used + 4, "the limit was never met"
+        for connection in waiting:
+            connection.close()
+        for stream in held[:5]:
+            stream.close()
+        eventually(lambda: publish(server.url, topic="few", data="again"), timeout=20)
+        assert held[-1].until(lambda message: message.data == "again")
+
+
+def _connected(server):
+    connection = socket.create_connection((server.host, server.port), timeout=5)
+    connection.sendall(b"GET /events?topic=few HTTP/1.1\r\nHost: h\r\n\r\n")
+    return connection
+
+
+def _cpu_seconds(pid):
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_nothing_is_left_after_waves_of_streams(server):
+    worker, = server.worker_pids()
+
+    def wave(count):
+        clients = [Stream(server.url, [f"wave-{number}", "all"]).opened() for number in range(count)]
+        publish(server.url, topic="all", data="hello")
+        for client in clients:
+            assert client.next().data == "hello"
+            client.close()
+        eventually(lambda: streams(server) == 0)
+
+    wave(50)
+    descriptors = len(os.listdir(f"/proc/{worker}/fd"))
+    for _ in range(3):
+        wave(200)
+    eventually(lambda: len(os.listdir(f"/proc/{worker}/fd")) <= descriptors + 1)
+    text = request("GET", f"{server.url}/metrics").text
+    assert re.search(rf'pushsvc_topics\{{pid="{worker}"\}} 0.0', text)
+    assert re.search(rf'pushsvc_subscriptions\{{pid="{worker}"\}} 0.0', text)
+
+
+# --- Batches and order -----------------------------------------------------------------------------------
+
+
+def test_streams_of_several_topics_see_one_order_while_large_and_small_groups_are_served(server):
+    crowd = [Stream(server.url, "crowd").opened() for _ in range(150)]
+    mixed = [Stream(server.url, ["crowd", f"own-{number}"]).opened() for number in range(20)]
+    ids = []
+    for batch in range(10):
+        lines = [{"topic": "crowd", "data": f"{batch}"}]
+        lines += [{"topic": f"own-{number}", "data": f"{batch}"} for number in range(20)]
+        lines += [{"topics": ["crowd", "own-3"], "data": f"both {batch}"}]
+        ids.append(publish_lines(server.url, lines))
+    for stream in crowd:
+        assert [each.last_event_id for each in stream.take(20, 30)] == [seq for b in ids for seq in (b[0], b[21])]
+    for number, stream in enumerate(mixed):
+        expected = [seq for batch in ids for seq in (batch[0], batch[1 + number], batch[21])]
+        assert [each.last_event_id for each in stream.take(30, 30)] == expected
+    for stream in crowd + mixed:
+        stream.close()
