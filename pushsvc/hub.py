@@ -12,6 +12,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import inf
 from typing import Protocol
 
 import gevent
@@ -19,6 +20,7 @@ from gevent.event import Event as Signal
 
 from pushsvc.brokers.base import Broker
 from pushsvc.bundle import Bundle, Payload, Wire
+from pushsvc.crowd import Crowd, joined, left
 from pushsvc.event import Event
 from pushsvc.mailbox import Mailbox
 from pushsvc.metrics import Metrics
@@ -64,8 +66,8 @@ class Hub:
         self.draining = False
         self.lot: Lot | None = None  # set by the worker that parks
         self.now = clock()
-        self._topics: dict[str, list[Group]] = {}
-        self._groups: dict[tuple[tuple[str, ...], bool], Group] = {}
+        self._topics: dict[str, Crowd[Group]] = {}
+        self._groups: tuple[dict[tuple[str, ...], Group], ...] = ({}, {})  # plain, envelope
         self._subscriptions: set[Subscription] = set()
         self._naming = 0
         self._small: deque[Group] = deque()
@@ -91,18 +93,18 @@ class Hub:
     def subscribe(self, topics: Iterable[str], envelope: bool, **about: object) -> Subscription:
         """A subscription to `topics`, not attached yet. `about`: what Subscription keeps of its client."""
         unique = tuple(dict.fromkeys(topics))
-        group = self._groups.get((unique, envelope)) or Group(unique, envelope)
+        group = self._groups[envelope].get(unique) or Group(unique, envelope)
         mailbox = Mailbox(self.settings.mailbox_events, self.settings.mailbox_bytes)
         return Subscription(group, mailbox, **about)  # type: ignore[arg-type]
 
     def attach(self, subscription: Subscription) -> None:
         """From now on every event of its topics is offered to it. Atomic: no switch."""
         group = subscription.group
-        group = subscription.group = self._groups.setdefault((group.topics, group.envelope), group)
+        group = subscription.group = self._groups[group.envelope].setdefault(group.topics, group)
         if not group.members:
             for topic in group.topics:
                 self._join(topic, group)
-        group.members.add(subscription)
+        group.members = joined(group.members, subscription)
         self._subscriptions.add(subscription)
         self._naming += len(group.topics)
         self.metrics.counts.opened += 1
@@ -114,10 +116,10 @@ class Hub:
             return
         group = subscription.group
         self._subscriptions.discard(subscription)
-        group.members.discard(subscription)
+        group.members = left(group.members, subscription)
         self._naming -= len(group.topics)
         if not group.members:
-            del self._groups[group.topics, group.envelope]
+            del self._groups[group.envelope][group.topics]
             for topic in group.topics:
                 self._leave(topic, group)
 
@@ -152,17 +154,13 @@ class Hub:
         return self.draining or (most > 0 and len(self._subscriptions) >= most)
 
     def _join(self, topic: str, group: Group) -> None:
-        groups = self._topics.get(topic)
-        if groups is None:
-            self._topics[topic] = [group]
-            if self._broker is not None:
-                self._broker.watch([topic])
-        else:
-            groups.append(group)
+        groups = self._topics.get(topic, ())
+        self._topics[topic] = joined(groups, group)
+        if not groups and self._broker is not None:
+            self._broker.watch([topic])
 
     def _leave(self, topic: str, group: Group) -> None:
-        groups = self._topics[topic]
-        groups.remove(group)
+        groups = self._topics[topic] = left(self._topics[topic], group)
         if not groups:
             del self._topics[topic]
             if self._broker is not None:
@@ -170,8 +168,6 @@ class Hub:
 
     def _begin(self, subscription: Subscription) -> None:
         subscription.since = subscription.sent = self.now
-        if rotate := self.settings.rotate_seconds:
-            subscription.rotates = self.now + rotate * random.uniform(0.9, 1.1)
         self._wheel.add(subscription, self._due(subscription))
 
     # -- from the broker
@@ -181,8 +177,9 @@ class Hub:
         if self.epoch:
             logger.warning("log interrupted", extra={"position": str(position), "streams": len(self)})
             self.evict(self._subscriptions, LOST)
-        for group in self._groups.values():
-            group.pending = None
+        for groups in self._groups:
+            for group in groups.values():
+                group.pending = None
         self.epoch = position.epoch
 
     def deliver(self, events: Sequence[Event]) -> None:
@@ -295,7 +292,7 @@ class Hub:
             return
         if subscription.expires and subscription.expires <= self.wall():
             self.close(subscription, EXPIRED, self.settings.retry_ms)
-        elif subscription.rotates and subscription.rotates <= self.now:
+        elif self._rotates(subscription) <= self.now:
             self.close(subscription, ROTATE, self.comeback_ms())
         else:
             if self.now - subscription.sent >= self.settings.heartbeat_seconds - TICK_SECONDS:
@@ -310,7 +307,12 @@ class Hub:
         due = subscription.sent + self.settings.heartbeat_seconds
         if subscription.expires:
             due = min(due, self.now + max(0.0, subscription.expires - self.wall()))
-        return min(due, subscription.rotates) if subscription.rotates else due
+        return min(due, self._rotates(subscription))
+
+    def _rotates(self, subscription: Subscription) -> float:
+        """When its age ends a stream: spread by a tenth either way, by where it lies in memory."""
+        age = self.settings.rotate_seconds
+        return subscription.since + age * (0.9 + 0.2 * (id(subscription) // 16 % 1021) / 1021) if age else inf
 
     def _measure(self) -> None:
         """Once a second: how late the loop is, and the figures for the metrics. Switches."""

@@ -6,6 +6,7 @@ import enum
 from collections.abc import Callable
 
 from pushsvc.bundle import Bundle
+from pushsvc.crowd import Crowd
 from pushsvc.mailbox import Letter, Mailbox
 
 
@@ -30,7 +31,7 @@ class Group:
     def __init__(self, topics: tuple[str, ...], envelope: bool) -> None:
         self.topics = topics
         self.envelope = envelope
-        self.members: set[Subscription] = set()
+        self.members: Crowd[Subscription] = ()
         self.pending: Bundle | None = None
         self.served = False
 
@@ -44,7 +45,7 @@ class Subscription:
     closed; parted: its farewell is on its way. abort: breaks a send that a frozen client holds up.
     """
 
-    __slots__ = ("group", "cursor", "mailbox", "state", "fd", "user", "expires", "since", "sent", "rotates", "address",
+    __slots__ = ("group", "cursor", "mailbox", "state", "fd", "user", "expires", "since", "sent", "address",
                  "overflowed", "parted", "reason", "retry_ms", "abort")
 
     def __init__(self, group: Group, mailbox: Mailbox, *, user: str | None = None, expires: float = 0,
@@ -64,7 +65,6 @@ class Subscription:
         self.retry_ms: int | None = None
         self.since = 0.0
         self.sent = 0.0
-        self.rotates = 0.0
 
     def offer(self, letters: list[Letter]) -> bool:
         """Put what is after the cursor into the mailbox; False if the stream is too slow. Atomic: no switch.

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ TIMEOUT = 20  # for what takes milliseconds on an idle machine
 SECRET = "a secret of more than thirty-two bytes"
 LONG_SECRET = SECRET * 2  # as HS512 wants it
 ORIGIN, OTHER_ORIGIN = "https://app.example", "https://evil.example"
+OWN_ADDRESS = "127.0.0.2"  # of this machine, but not the one that is bound by default
 JSON = {"Content-Type": "application/json"}
 EVERYTHING = {"subscribe": ["*"], "publish": ["*"]}
 
@@ -86,8 +87,21 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "PUSHSVC_HEARTBEAT_SECONDS": "1",
     }
     args = ["--access-logfile", "-", "--log-level", "debug"]
-    with Server(tmp_path_factory.mktemp("access"), workers=1, env=env, args=args) as server:
+    with open_to_all(tmp_path_factory.mktemp("access"), env, args) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def unguarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Without a key, which has been asked for."""
+    with open_to_all(tmp_path_factory.mktemp("unguarded"), {"PUSHSVC_AUTH": "none"}) as server:
+        yield server
+
+
+def open_to_all(directory: Path, env: dict[str, str], args: Sequence[str] = ()) -> Server:
+    """A server on all addresses of this machine."""
+    port = free_port()
+    return Server(directory, workers=1, port=port, env=env | {"PUSHSVC_BIND": f"0.0.0.0:{port}"}, args=args)
 
 
 @pytest.fixture(scope="module")
@@ -378,30 +392,30 @@ def test_fitting_algorithm_that_was_not_asked_for_is_refused(keyed: dict[str, Se
 # --- The end of a token ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("busy", [False, True], ids=["silent", "busy"])
-def test_stream_ends_cleanly_when_its_token_does(url: str, topic: str, busy: bool) -> None:
+def test_streams_end_cleanly_when_their_token_does_and_others_go_on(url: str, topic: str) -> None:
     expires = int(time.time()) + 2
-    with Stream(url, topic, token=token(exp=expires)) as stream:
-        stream.opened(TIMEOUT)
-        while busy and time.time() < expires - 0.1:
+    ends = token(exp=expires)
+    with (
+        Stream(url, topic, token=token()) as stays,
+        Stream(url, topic, token=ends) as busy,
+        Stream(url, f"{topic}-silent", token=ends) as silent,
+    ):
+        busy.opened(TIMEOUT)
+        while time.time() < expires - 0.1:
             id = publish(url, topic=topic, data="x", headers=bearer(token()))
-            assert stream.next(TIMEOUT).last_event_id == id
-        stream.rest(TIMEOUT)
-        ended = time.time()
-        assert stream.clean_end
-        assert not stream.reader.has_incomplete()
-        assert expires <= ended < expires + 5  # about one second, on a machine that is not held up
-        assert " expired" in stream.reader.comments
-        assert stream.reader.reconnection_time is not None
-        last = stream.last_event_id
-    assert_refused(ask(url, bearer(token(exp=expires)) | {"Last-Event-ID": last}), 401, "invalid_token")
-
-
-def test_stream_of_a_token_that_goes_on_goes_on(url: str, topic: str) -> None:
-    with Stream(url, topic, token=token()) as stays, Stream(url, topic, token=token(expires=1.5)) as goes:
-        goes.rest(TIMEOUT)
-        id = publish(url, topic=topic, data="x", headers=bearer(token()))
-        assert stays.next(TIMEOUT).last_event_id == id
+            assert busy.next(TIMEOUT).last_event_id == stays.next(TIMEOUT).last_event_id == id
+        for stream in (busy, silent):
+            assert stream.rest(TIMEOUT) == []
+            assert expires <= time.time() < expires + 5  # about one second, on a machine that is not held up
+            assert stream.clean_end
+            assert not stream.reader.has_incomplete()
+            assert " expired" in stream.reader.comments
+            assert stream.reader.reconnection_time is not None
+        last = publish(url, topic=topic, data="x", headers=bearer(token()))
+        assert stays.next(TIMEOUT).last_event_id == last
+    assert_refused(ask(url, bearer(ends) | {"Last-Event-ID": busy.last_event_id}), 401, "invalid_token")
+    with Stream(url, topic, token=token(), last_event_id=busy.last_event_id) as renewed:
+        assert renewed.next(TIMEOUT).last_event_id == last
 
 
 # --- Idempotency keys ------------------------------------------------------------------------------------
@@ -508,16 +522,14 @@ def test_page_of_the_service_or_of_a_listed_origin_may_publish(url: str, origin:
     assert tell(url, {"Cookie": f"pushsvc_token={token()}", **headers}).status == 200
 
 
-def test_page_of_another_origin_may_not_publish_to_a_service_without_a_key(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    with Server(tmp_path_factory.mktemp("open"), workers=1) as server:
-        assert tell(server.url).status == 200
-        assert tell(server.url, {"Origin": server.url}).status == 200
-        refused = tell(server.url, {"Origin": OTHER_ORIGIN})
-        assert (refused.status, refused.headers["content-type"]) == (403, "application/problem+json")
-        assert "access-control-allow-origin" not in refused.headers
-        assert "vary" not in tell(server.url).headers
+def test_page_of_another_origin_may_not_publish_to_a_service_without_a_key(unguarded: Server) -> None:
+    url = unguarded.url
+    assert tell(url).status == 200
+    assert tell(url, {"Origin": url}).status == 200
+    refused = tell(url, {"Origin": OTHER_ORIGIN})
+    assert (refused.status, refused.headers["content-type"]) == (403, "application/problem+json")
+    assert "access-control-allow-origin" not in refused.headers
+    assert "vary" not in tell(url).headers
 
 
 # --- What the log may not tell ---------------------------------------------------------------------------
@@ -614,12 +626,15 @@ def test_service_that_others_could_reach_does_not_start_without_a_key(tmp_path: 
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("env", [{"PUSHSVC_AUTH": "none"}, {"PUSHSVC_JWT_KEY": SECRET}], ids=["none", "key"])
-def test_service_that_others_can_reach_starts_if_that_is_meant(tmp_path: Path, env: dict[str, str]) -> None:
-    port = free_port()
-    with Server(tmp_path, workers=1, port=port, env=env | {"PUSHSVC_BIND": f"0.0.0.0:{port}"}) as server:
-        assert tell(server.url).status == (200 if "PUSHSVC_AUTH" in env else 401)
-        assert tell(server.url, bearer(token())).status == 200
+def test_service_that_others_can_reach_starts_with_a_key(server: Server) -> None:
+    assert f"http://127.0.0.1:{server.port}" in server.log(), "the lines to try it with should work as pasted"
+    with socket.create_connection((OWN_ADDRESS, server.port), TIMEOUT):
+        pass
+    assert_refused(tell(f"http://{OWN_ADDRESS}:{server.port}"), 401, None)
+
+
+def test_service_that_others_can_reach_starts_without_a_key_if_that_is_meant(unguarded: Server) -> None:
+    assert tell(f"http://{OWN_ADDRESS}:{unguarded.port}").status == 200
 
 
 def test_peer_from_elsewhere_is_not_admitted_without_a_key() -> None:
@@ -660,9 +675,8 @@ def test_bad_key_or_algorithm_is_refused_with_its_name(key: str, algorithms: str
     assert key not in caught.value.detail
 
 
-@pytest.mark.parametrize("which", ["a private key", "HS256 for a public key"])
-def test_bad_key_or_algorithm_stops_the_start_with_a_message(tmp_path: Path, which: str) -> None:
-    key, algorithms, named = BAD_KEYS[which]
+def test_bad_key_stops_the_start_with_a_message(tmp_path: Path) -> None:
+    key, algorithms, named = BAD_KEYS["a private key"]
     status, output = started(tmp_path, PUSHSVC_JWT_KEY=key, PUSHSVC_JWT_ALGORITHMS=algorithms)
     assert status not in (0, None)
     assert f"pushsvc: {named}" in output

@@ -11,7 +11,7 @@ from tests.support.server import ROOT
 PACKAGE = "pushsvc"
 
 FLOORS = [
-    {"errors", "settings", "position", "event", "sse", "bind", "wheel"},
+    {"errors", "settings", "position", "event", "sse", "bind", "wheel", "crowd"},
     {"mailbox", "auth", "metrics", "log", "presence"},
     {"brokers.*"},
     {"bundle", "subscription", "hub"},

@@ -254,7 +254,7 @@ def test_stop_is_not_held_up_by_an_idle_kept_connection(tmp_path: Path) -> None:
 @pytest.mark.parametrize("froze", ["live", "in its replay"])
 def test_client_that_reads_nothing_delays_the_stop_by_no_more_than_the_drain_window(froze: str, tmp_path: Path) -> None:
     roomy = {**ENVIRONMENT, "PUSHSVC_MAILBOX_BYTES": str(64 << 20)}  # it shall be frozen, not closed for being slow
-    with Server(tmp_path, env=roomy) as server, ExitStack() as stack:
+    with Server(tmp_path, workers=1, env=roomy) as server, ExitStack() as stack:
         frozen = stack.enter_context(Stream(server.url, TOPIC, receive_buffer=4096)) if froze == "live" else None
         reader = stack.enter_context(Stream(server.url, TOPIC)).opened(PATIENCE)
         ids = [publish(server.url, topic=TOPIC, data=f"{number} " + "x" * 500_000) for number in range(16)]

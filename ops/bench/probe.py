@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import resource
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -43,6 +44,18 @@ def kernel_memory() -> dict[str, int]:
     assert tcp, "/proc/net/sockstat names TCP"
     return {"slab_bytes": _kilobytes(PROC / "meminfo", "Slab") * 1024, "tcp_sockets": int(tcp[1]),
             "tcp_buffer_bytes": int(tcp[2]) * os.sysconf("SC_PAGE_SIZE")}
+
+
+def busy_seconds() -> float:
+    """How long the cores of the machine have worked since it started, summed."""
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, (PROC / "stat").read_text().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def own_seconds() -> float:
+    """How much of that was for this process and those that it has started and seen end."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def machine() -> dict[str, Any]:

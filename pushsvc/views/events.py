@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
+from sys import intern
 from typing import Any
 
 from flask import Blueprint, Response, request
@@ -45,7 +46,7 @@ def blueprint(hub: Hub, broker: Broker, access: Access) -> Blueprint:
         if hub.is_full():
             return Response(refusal(hub.comeback_ms()), headers=HEADERS)
         subscription = hub.subscribe(topics, envelope, user=grant.user, expires=grant.expires,
-                                     address=environ.get("REMOTE_ADDR", ""), abort=_abort(environ))
+                                     address=intern(environ.get("REMOTE_ADDR", "")), abort=_abort(environ))
         return StreamResponse(Stream(hub, broker, subscription, asked))
 
     return views

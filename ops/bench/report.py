@@ -1,0 +1,254 @@
+#!/usr/bin/env python3
+"""docs/BENCHMARKS.md and its pictures, from the JSON files in docs/bench/ that the programs of the bench write.
+
+As a program it makes them anew from what is there. Exit codes: 0 done, 1 there are no results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS, MILLION, CHURN = (f"bench/{name}.json" for name in ("results", "million", "churn"))
+PAGE = "BENCHMARKS.md"
+Results = dict[str, Any]
+Column = tuple[str, str, Callable[[float], str]]
+OURS, KERNEL, NCHAN, STOCK = "pushsvc", "sendloop", "nchan", "stock"
+
+
+def _number(digits: int, unit: str = "") -> Callable[[float], str]:
+    return lambda value: f"{value:,.{digits}f}{unit}"
+
+
+def _part(value: float) -> str:
+    return f"{value:.0%}"
+
+
+ONE_TOPIC: tuple[Column, ...] = (
+    ("memory per idle stream", "memory_kb", _number(2, " KB")), ("CPU per connect", "connect_us", _number(0, " us")),
+    ("CPU per delivered event", "event_us", _number(1, " us")), ("latency p50", "p50_ms", _number(0, " ms")),
+    ("p99", "p99_ms", _number(0, " ms")))
+FLAT_OUT: tuple[Column, ...] = (
+    ("deliveries per second", "flat_per_second", _number(0)), ("published per second", "flat_published_per_second", _number(0)),
+    ("latency p50", "flat_p50_ms", _number(0, " ms")), ("p99", "flat_p99_ms", _number(0, " ms")),
+    ("server's core", "flat_server_cpu", _part), ("client's core", "flat_client_cpu", _part),
+    ("streams lost", "flat_ended", _number(0)))
+PICTURES = (
+    ("memory.svg", "memory_kb", "Memory per idle stream (KB, logarithmic)", True),
+    ("event.svg", "event_us", "CPU per delivered event (microseconds)", False),
+    ("connect.svg", "connect_us", "CPU per connect (microseconds)", False),
+    ("flat_out.svg", "flat_per_second", "Deliveries per second, flat out (logarithmic)", True))
+
+
+# --- Targets ---------------------------------------------------------------------------------------------
+
+
+def targets(results: Results) -> list[dict[str, Any]]:
+    """What pushsvc is to reach, and what it reached: only those for which all figures are there."""
+    wanted = [
+        ("memory per idle stream, all on one topic (KB)", _of(results, OURS, "memory_kb"), "<=", 1.0),
+        ("memory per idle stream, each on its own topic (KB)", _of(results, OURS, "topics_memory_kb"), "<=", 1.0),
+        ("CPU per delivered event, in nchan's", _ratio(results, "event_us", NCHAN), "<=", 1.0),
+        ("CPU per delivered event, in the send loop's", _ratio(results, "event_us", KERNEL), "<=", 1.6),
+        ("deliveries per second flat out, in nchan's", _ratio(results, "flat_per_second", NCHAN), ">=", 10.0),
+        ("CPU per connect, in stock's", _ratio(results, "connect_us", STOCK), "<=", 0.5),
+        ("p99 of a topic with one stream beside a busy one (ms)", _of(results, OURS, "single_p99_ms"), "<", 25.0)]
+    return [_target(*each) for each in wanted if each[1] is not None]
+
+
+def _target(text: str, value: float, sign: str, limit: float) -> dict[str, Any]:
+    met = {"<=": value <= limit, "<": value < limit, ">=": value >= limit}[sign]
+    short = max(value / limit, limit / value) if value else 0.0
+    return {"text": text, "value": float(f"{value:.4g}"), "target": f"{sign} {limit:g}", "met": met,
+            "verdict": "PASS" if met else f"short by {short:.2f}x"}
+
+
+def _of(results: Results, server: str, name: str) -> Any:
+    return results["servers"].get(server, {}).get("median", {}).get(name)
+
+
+def _ratio(results: Results, name: str, other: str) -> float | None:
+    ours, theirs = _of(results, OURS, name), _of(results, other, name)
+    return ours / theirs if ours is not None and theirs else None
+
+
+# --- Tables ----------------------------------------------------------------------------------------------
+
+
+def text(results: Results) -> str:
+    """All of it for a terminal."""
+    load = results["load"]
+    parts = [f"{load['streams']} streams on one topic, one 100-byte event at a time", _plain(_table(results, ONE_TOPIC)),
+             f"flat out, {load['flat_streams']} streams on one topic", _plain(_table(results, FLAT_OUT)),
+             "pushsvc", "\n".join(_ours(results)), "targets", _plain(_target_rows(results)), "versions",
+             "\n".join(_versions(results))]
+    return "\n" + "\n\n".join(parts)
+
+
+def _table(results: Results, columns: Sequence[Column]) -> list[list[str]]:
+    rows = [["server", *(title for title, _, _ in columns)]]
+    for entry in results["servers"].values():
+        median = entry.get("median", {})
+        cells = [show(median[name]) if median.get(name) is not None else "" for _, name, show in columns]
+        if any(cells):
+            rows.append([entry["title"], *cells])
+    return rows
+
+
+def _target_rows(results: Results) -> list[list[str]]:
+    rows = [[each["text"], each["target"], f"{each['value']:g}", each["verdict"]] for each in results["targets"]]
+    return [["target", "wanted", "measured", ""], *rows]
+
+
+def _ours(results: Results) -> list[str]:
+    median, load = results["servers"].get(OURS, {}).get("median", {}), results["load"]
+    lines = []
+    if "topics_memory_kb" in median:
+        lines.append(f"{load['streams']:,} streams, each on its own topic: {median['topics_memory_kb']:.2f} KB and "
+                     f"{median['topics_connect_us']:.0f} us of CPU per stream.")
+    if "single_p99_ms" in median:
+        lines.append(f"While one topic with {load['streams'] - 1:,} streams gets {load['mixed_rate']:g} events/s, a topic "
+                     f"with one stream on the same worker gets as many: p50 {median['single_p50_ms']:g} ms, p99 "
+                     f"{median['single_p99_ms']:g} ms (the busy topic: p50 {median['busy_p50_ms']:g} ms, p99 "
+                     f"{median['busy_p99_ms']:g} ms, {median['busy_lost']:g} events lost; this client published at most "
+                     f"{median['publisher_late_ms']:.1f} ms late).")
+    return lines
+
+
+def _versions(results: Results) -> list[str]:
+    return [f"{entry['title']}: " + (f"skipped, {entry['skipped']}" if "skipped" in entry else entry["version"])
+            + "".join(f" ({trouble})" for trouble in entry["troubles"]) for entry in results["servers"].values()]
+
+
+def _plain(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in
+                                                         zip(row[1:], widths[1:], strict=True))]) for row in rows)
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([head, "| --- |" + " ---: |" * (len(rows[0]) - 1), *body])
+
+
+# --- The page --------------------------------------------------------------------------------------------
+
+
+def page(results: Results, million: Results | None, churn: Results | None) -> str:
+    machine, load = results["machine"], results["load"]
+    pinned = " The server had one core, clients and publishers had the others." if results["pinned"] else ""
+    parts = [
+        "# Benchmarks", "Generated by `make bench`; not edited by hand. [ops/bench/README.md](../ops/bench/README.md) "
+        "tells what is measured, and how to get figures of your own.",
+        f"{results['date']}, `{results['command']}`: {machine['cores']} cores ({machine['processor']}), "
+        f"{machine['memory_gib']:g} GiB, Linux {machine['linux']}, Python {machine['python']}.{pinned} Each figure is the "
+        f"median of {results['rounds']} round{'s' if results['rounds'] > 1 else ''}, the servers in turns; CPU and memory "
+        f"are the server's own. {_noise(results)}",
+        "## Targets", _markdown(_target_rows(results)),
+        f"## {load['streams']:,} streams on one topic", "One 100-byte event at a time, each completely delivered before "
+        "the next. The latency is from the publish to the arrival at each client: with one sender and one reader it is "
+        "mostly the time that all the streams take.", _markdown(_table(results, ONE_TOPIC)), *_images(PICTURES[:3]),
+        f"## Flat out: {load['flat_streams']:,} streams on one topic", "Publishers send as fast as they are answered, in "
+        "batches where the server takes batches. Counted is what clients received; the latency of events that came "
+        "together is that of the oldest. A client's core near 100 % means that the client was the limit.",
+        _markdown(_table(results, FLAT_OUT)), *_images(PICTURES[3:])]
+    if ours := _ours(results):
+        parts += ["## pushsvc beside itself", *ours]
+    parts += _million(million) if million else []
+    parts += _churn(churn) if churn else []
+    parts += ["## Versions", "\n".join(f"- {line}" for line in _versions(results))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _noise(results: Results) -> str:
+    shares = [value for entry in results["servers"].values() for each in entry["rounds"] for name, value in each.items()
+              if name.endswith("_others_cpu")]
+    if not shares:
+        return ""
+    shares.sort()
+    return (f"Meanwhile other programs used {shares[len(shares) // 2]:.2f} cores (median; at most {shares[-1]:.2f}): "
+            "processor time hardly depends on that, latencies and deliveries per second do.")
+
+
+def _images(pictures: Sequence[tuple[str, str, str, bool]]) -> list[str]:
+    return [f"![{title}](bench/{file})" for file, _, title, _ in pictures]
+
+
+def _million(found: Results) -> list[str]:
+    memory = [[name.replace("_", " "), f"{value / 1e6:,.0f} MB"] for name, value in found["memory"].items()]
+    rows = [["", "p50", "p99", "all"],
+            ["one event to all", *_latencies(found["broadcast"])],
+            [f"{found['singles']['events']:,} events to one topic each", *_latencies(found["singles"])]]
+    sysctls = "\n".join(f"- `{name} = {change['needed']}` (was `{change['was']}`)" for name, change in
+                        found["kernel"].items()) or "None but the defaults."
+    return [f"## {found['streams']:,} streams", f"{found['date']}, `{found['command']}`: {found['open']:,} streams open on "
+            f"{found['workers']} workers, each with two topics (`all`, and one of {found['topics']:,}), opened in "
+            f"{found['open_seconds']:,.0f} s by {found['clients']} client processes on the same machine.",
+            _markdown(rows), _markdown([["memory", ""], *memory]), "Kernel settings that it needed:", sysctls]
+
+
+def _latencies(found: Results) -> list[str]:
+    return [f"{found['p50_ms']:,.0f} ms", f"{found['p99_ms']:,.0f} ms", f"{found['seconds']:.2f} s"]
+
+
+def _churn(found: Results) -> list[str]:
+    rows = [["", "before", "after"], *([name.replace("_", " "), f"{found['before'][name]:,}", f"{found['after'][name]:,}"]
+                                       for name in found["before"])]
+    return [f"## {found['total']:,} connects and disconnects", f"{found['date']}, `{found['command']}`: in waves of "
+            f"{found['wave']:,}, {found['seconds']:,.0f} s in all. {found['verdict']}", _markdown(rows)]
+
+
+def draw(results: Results, folder: Path) -> None:
+    """The pictures, as SVG."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams |= {"svg.hashsalt": "pushsvc", "font.size": 10}
+    from matplotlib import pyplot
+
+    for file, name, title, logarithmic in PICTURES:
+        bars = [(entry["title"], entry["median"][name], key == OURS) for key, entry in results["servers"].items()
+                if entry.get("median", {}).get(name)]
+        bars.sort(key=lambda bar: bar[1], reverse=name != "flat_per_second")
+        figure, axes = pyplot.subplots(figsize=(9, 0.6 + 0.42 * len(bars)), layout="constrained")
+        drawn = axes.barh([bar[0] for bar in bars], [bar[1] for bar in bars],
+                          color=["#d1495b" if ours else "#8d99ae" for _, _, ours in bars])
+        axes.bar_label(drawn, [f"{bar[1]:,.0f}" if bar[1] >= 100 else f"{bar[1]:.3g}" for bar in bars], padding=3)
+        axes.set_title(title, loc="left")
+        axes.set_xscale("log" if logarithmic else "linear")
+        axes.margins(x=0.12)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(folder / file, metadata={"Date": None})
+        pyplot.close(figure)
+
+
+def write(docs: Path) -> None:
+    """BENCHMARKS.md and the pictures, from the JSON files below `docs`. Raises FileNotFoundError without results."""
+    results = json.loads((docs / RESULTS).read_text())
+    results.setdefault("targets", targets(results))
+    (docs / PAGE).write_text(page(results, _read(docs / MILLION), _read(docs / CHURN)))
+    draw(results, docs / "bench")
+
+
+def _read(file: Path) -> Results | None:
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--docs", type=Path, default=Path(__file__).resolve().parents[2] / "docs")
+    options = parser.parse_args(arguments)
+    try:
+        write(options.docs)
+    except FileNotFoundError as error:
+        print(f"no results: {error.filename}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
