@@ -31,10 +31,15 @@ if _MULTIPROC not in os.environ:
     os.environ[_MULTIPROC] = tempfile.mkdtemp(prefix=_METRICS)
 
 bind = [address.strip() for address in settings.bind.split(",")]
-workers = int(os.environ.get("WEB_CONCURRENCY") or os.cpu_count() or 1)
+_alone = settings.broker_url == "memory:"  # each process would have a log of its own
+try:
+    workers = int(os.environ.get("WEB_CONCURRENCY") or (1 if _alone else os.cpu_count()) or 1)
+except ValueError:
+    sys.exit(f"pushsvc: WEB_CONCURRENCY is a whole number, not {os.environ['WEB_CONCURRENCY']!r}")
 worker_class = "pushsvc.worker.PushWorker"
 worker_connections = _hard
-reuse_port = True  # long-lived connections spread evenly: each worker has a queue of its own
+# Long-lived connections spread evenly: each worker has a queue of its own. A Unix socket has only one.
+reuse_port = not any(address.startswith("unix:") for address in bind)
 backlog = settings.backlog
 keepalive = settings.keepalive_seconds
 limit_request_line = 0  # as gunicorn-h1c bounds it, at 1 MiB: a stream may name a thousand topics
@@ -58,6 +63,8 @@ def on_starting(server):
         check_bind(settings, server.address)
     except PushError as error:
         sys.exit(f"pushsvc: {error.detail}")
+    if _alone and server.cfg.workers > 1:
+        sys.exit(f"pushsvc: the broker memory: is for one worker, not {server.cfg.workers}: each would have its own log")
     if server.cfg.preload_app:
         sys.exit("pushsvc: preload_app does not work: the application belongs to its worker")
     for address in server.address:

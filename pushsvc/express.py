@@ -8,8 +8,10 @@ returning clients costs half. Whatever is not as plain as that goes gunicorn's w
 from __future__ import annotations
 
 import io
+import ipaddress
 import re
 from collections.abc import Collection
+from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -21,9 +23,10 @@ except ImportError:  # then every request goes gunicorn's way
     parse_request = None
     IncompleteError = ParseError = ValueError
 
+MOST_PEERS = 4096  # proxies, mostly
 READ_BYTES = 8192  # as much as gunicorn reads at first
 # Fields that change how a request is read, or that only a trusted peer may send: gunicorn knows their rules.
-_SPECIAL = frozenset((b"CONTENT-LENGTH", b"TRANSFER-ENCODING", b"EXPECT", b"UPGRADE", b"TE", b"TRAILER", b"FORWARDED",
+_SPECIAL = frozenset((b"CONTENT-LENGTH", b"CONTENT-TYPE", b"TRANSFER-ENCODING", b"EXPECT", b"UPGRADE", b"TE", b"TRAILER", b"FORWARDED",
                       b"HTTP2-SETTINGS", b"SCRIPT-NAME", b"PATH-INFO"))
 # RFC 9112, section 3.2.1, origin-form: an absolute path of printable ASCII.
 _TARGET = re.compile(rb"/(?!/)[\x21-\x22\x24-\x7e]*")
@@ -52,7 +55,8 @@ class Express:
     def __init__(self, cfg: Any, server: tuple[str, int], paths: Collection[bytes]) -> None:
         self.paths = paths
         self._cfg = cfg
-        self._special = _SPECIAL | {name.upper().encode() for name in cfg.secure_scheme_headers}
+        self._schemes = cfg.secure_scheme_headers
+        self._trusted = lru_cache(MOST_PEERS)(self._is_trusted)
         self._template = base_environ(cfg) | {
             "wsgi.multithread": True, "wsgi.url_scheme": "http", "REQUEST_METHOD": "GET", "SERVER_PROTOCOL": "HTTP/1.1",
             "SERVER_NAME": server[0], "SERVER_PORT": str(server[1]), "SCRIPT_NAME": ""}
@@ -67,8 +71,13 @@ class Express:
         if fields is None:
             return None
         environ = self._template.copy()
+        schemes = {value == self._schemes[name] for name, value in fields if name in self._schemes}
+        if schemes and self._trusted(address[0]):
+            if len(schemes) > 1:  # they contradict each other: gunicorn refuses that
+                return None
+            environ["wsgi.url_scheme"] = "https" if True in schemes else "http"
         for name, value in fields:
-            key = "HTTP_" + name.replace("-", "_") if name != "CONTENT-TYPE" else "CONTENT_TYPE"
+            key = "HTTP_" + name.replace("-", "_")
             environ[key] = f"{environ[key]},{value}" if key in environ else value
         environ["wsgi.input"] = io.BytesIO()
         environ["RAW_URI"] = target.decode("latin-1")
@@ -76,6 +85,11 @@ class Express:
         environ["QUERY_STRING"] = query.decode("latin-1")
         environ["REMOTE_ADDR"], environ["REMOTE_PORT"] = address[0], str(address[1])
         return environ, Response(ExpressRequest(fields), None, self._cfg)
+
+    def _is_trusted(self, peer: str) -> bool:
+        """Whether gunicorn believes this peer what it says of the scheme (`forwarded_allow_ips`)."""
+        return "*" in self._cfg.forwarded_allow_ips or any(
+            ipaddress.ip_address(peer) in network for network in self._cfg.forwarded_allow_networks())
 
     def _fields(self, data: bytes) -> list[tuple[str, str]] | None:
         """The header fields with upper-case names; None unless all of them are plain and nothing follows them."""
@@ -94,7 +108,7 @@ class Express:
         fields = []
         for raw, value in parsed["headers"]:
             name = raw.upper()
-            if name in self._special or b"_" in name:
+            if name in _SPECIAL or b"_" in name:
                 return None
             fields.append((name.decode("latin-1"), value.decode("latin-1")))
         return fields

@@ -90,7 +90,8 @@ class ParkingLot:
         opening = stream.opening()
         try:
             while True:
-                connection.sendall(_head(response) + sse.chunk(next(opening)))
+                part = next(opening)
+                connection.sendall(_head(response) + sse.chunk(part))
         except StopIteration as end:
             if not end.value:
                 return False

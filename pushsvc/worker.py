@@ -14,6 +14,7 @@ from _socket import socket as RawSocket  # for a moment only: it wraps a descrip
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -206,7 +207,9 @@ class PushWorker(GeventWorker):  # type: ignore[misc]
             if response.chunked and isinstance(connection, Client):
                 if len(self._paths) < MOST_PATHS:
                     self._paths.add(environ["RAW_URI"].partition("?")[0].encode("latin-1"))
+                begun = datetime.now()
                 self.lot.run(body, response, connection)
+                self.log.access(response, response.req, environ, datetime.now() - begun)
                 raise StopIteration  # gunicorn's word for: this connection is done with
         return body
 

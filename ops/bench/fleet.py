@@ -119,10 +119,10 @@ class Fleet:
         """Forget the stats and the numbers of past events; the streams stay."""
         return self._all({"do": "reset"})
 
-    def close(self) -> Seen:
-        """Hang up on all streams; numbering begins anew."""
+    def close(self, abort: bool = False) -> Seen:
+        """Hang up on all streams, or reset them; numbering begins anew."""
         self._next = 0
-        return self._all({"do": "close"})
+        return self._all({"do": "close", "abort": abort})
 
     def wait(self, events: int, seconds: float) -> Seen:
         """Wait until each stream has had `events` since the last reset, or for so long."""

@@ -120,12 +120,12 @@ def many_topics(server: Server, load: Load, cores: Cores, progress: Progress) ->
 
 
 def _opening(rig: Rig, streams: int, topic: str) -> Found:
-    idle, memory = rig.idle_cpu(), probe.pss_bytes(rig.pids)
+    idle, memory = rig.idle_cpu(), probe.own_bytes(rig.pids)
     begun, cpu = time.monotonic(), rig.cpu()
     rig.open(streams, topic)
     spent = rig.cpu() - cpu - idle * (time.monotonic() - begun)
     time.sleep(SETTLE_SECONDS)
-    growth = probe.pss_bytes(rig.pids) - memory
+    growth = probe.own_bytes(rig.pids) - memory
     return {"memory_kb": growth / streams / 1024, "connect_us": spent / streams * 1e6}
 
 

@@ -24,6 +24,12 @@ def pss_bytes(pids: Iterable[int]) -> int:
     return sum(_kilobytes(PROC / str(pid) / "smaps_rollup", "Pss") for pid in pids) * 1024
 
 
+def own_bytes(pids: Iterable[int]) -> int:
+    """The same without the pages of files (libraries), whose parts change when other programs come and go."""
+    rollups = [PROC / str(pid) / "smaps_rollup" for pid in pids]
+    return sum(_kilobytes(rollup, name) for rollup in rollups for name in ("Pss_Anon", "Pss_Shmem")) * 1024
+
+
 def descriptors(pid: int) -> int:
     return len(os.listdir(PROC / str(pid) / "fd"))
 

@@ -14,11 +14,13 @@ import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version as installed
 from pathlib import Path
 from urllib.parse import quote, urlencode
+from urllib.request import urlopen
 
 import build
 import probe
@@ -29,7 +31,7 @@ APPS = Path(__file__).with_name("apps")
 HOST = "127.0.0.1"
 PORTS = range(8200, 9000)
 START_SECONDS = 60.0
-STOP_SECONDS = 15.0
+STOP_SECONDS = 30.0
 JSON, TEXT = "application/json", "text/plain"
 
 
@@ -50,6 +52,7 @@ class Server(ABC):
     batch = 1
     connections = 4
     port = 0
+    folder = Path()
 
     def __init__(self, cache: Path = build.DEFAULT_CACHE) -> None:
         self.cache = cache
@@ -72,7 +75,7 @@ class Server(ABC):
 
     def start(self, folder: Path, port: int, cores: Iterable[int] | None = None) -> list[int]:
         """Start it and wait until it takes a publish: the pids of the processes that serve. Raises ServerError."""
-        self.port = port
+        self.port, self.folder = port, folder
         inherited = {name: value for name, value in os.environ.items()
                      if not name.startswith(("PUSHSVC_", "GUNICORN_", "PROMETHEUS_"))}
         self._log = folder / "log"
@@ -125,16 +128,19 @@ class Server(ABC):
 
 
 class Pushsvc(Server):
-    """This service. workers: how many."""
+    """This service. workers: how many. settings: further variables. configuration: another file for gunicorn."""
 
     name = "pushsvc"
     title = "pushsvc, parked streams"
     batch = 500
     worker_class = ""
 
-    def __init__(self, cache: Path = build.DEFAULT_CACHE, workers: int = 1) -> None:
+    def __init__(self, cache: Path = build.DEFAULT_CACHE, workers: int = 1, settings: Mapping[str, str] | None = None,
+                 configuration: Path = ROOT / "gunicorn.conf.py") -> None:
         super().__init__(cache)
         self.workers = workers
+        self.settings = settings or {}
+        self.configuration = configuration
 
     def version(self) -> str:
         own = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
@@ -142,18 +148,40 @@ class Pushsvc(Server):
 
     def command(self, folder: Path) -> list[str]:
         which = ["-k", self.worker_class] if self.worker_class else []
-        return [sys.executable, "-m", "gunicorn", "--chdir", str(ROOT), "-c", str(ROOT / "gunicorn.conf.py"), *which,
-                "wsgi:app"]
+        return [sys.executable, "-m", "gunicorn", "--chdir", str(ROOT), "-c", str(self.configuration), *which, "wsgi:app"]
 
     def environment(self, folder: Path) -> dict[str, str]:
         return {"PUSHSVC_BIND": f"{HOST}:{self.port}", "PUSHSVC_BROKER_URL": f"sqlite:{folder / 'bench.db'}",
-                "PUSHSVC_LOG_LEVEL": "warning", "WEB_CONCURRENCY": str(self.workers), "TMPDIR": str(folder)}
+                "PUSHSVC_LOG_LEVEL": "warning", "WEB_CONCURRENCY": str(self.workers), "TMPDIR": str(folder),
+                **self.settings}
 
     def request(self, topic: str, data: Sequence[str]) -> bytes:
         if len(data) == 1:
             return post("/publish", json.dumps({"topic": topic, "data": data[0]}).encode(), JSON)
         body = "\n".join([f'{{"topic":"{topic}","data":"{each}"}}' for each in data])
         return post("/publish", body.encode(), "application/x-ndjson")
+
+
+    def worker_pids(self) -> list[int]:
+        return self.pids()[1:]
+
+    def metrics(self) -> dict[str, float]:
+        """What `GET /metrics` says, summed over all labels; `workers`: how many workers it speaks for."""
+        with urlopen(f"http://{HOST}:{self.port}/metrics", timeout=START_SECONDS) as answer:
+            text = answer.read().decode()
+        found = Counter[str]()
+        for name, value in re.findall(r"^(\w+)(?:{.*})? ([-+.\de]+)$", text, re.MULTILINE):
+            found[name] += float(value)
+        workers = set(re.findall(r'^pushsvc_streams{pid="(\d+)"}', text, re.MULTILINE))
+        return dict(found) | {"workers": len(workers)}
+
+    def wait_for_workers(self, seconds: float) -> None:
+        """Until each of them serves. Raises ServerError."""
+        deadline = time.monotonic() + seconds
+        while self.metrics()["workers"] < self.workers:
+            if time.monotonic() > deadline:
+                raise ServerError(f"not all of {self.workers} workers started in {seconds:g} s")
+            time.sleep(0.5)
 
 
 class PushsvcUnparked(Pushsvc):

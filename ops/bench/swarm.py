@@ -22,6 +22,7 @@ import re
 import resource
 import select
 import socket
+import struct
 import sys
 import time
 from array import array
@@ -256,12 +257,14 @@ class Swarm:
         if self._target.again:
             self._again.append((time.monotonic() + AGAIN_SECONDS, self._number[fd]))
 
-    def close(self) -> None:
-        """Hang up on all streams."""
+    def close(self, abort: bool = False) -> None:
+        """Hang up on all streams; `abort`: by a reset."""
         self._target = Target("", 0, "")  # they are not opened again
         self._again.clear()
         for fd, state in enumerate(self._state):
             if state != FREE:
+                if abort:
+                    _reset_at_close(fd)
                 self._drop(fd)
         self._others.clear()
 
@@ -277,6 +280,12 @@ class Swarm:
         deadline = time.monotonic() + seconds
         while self.stats.events < events and (left := deadline - time.monotonic()) > 0:
             self.turn(min(left, 0.1))
+
+
+def _reset_at_close(fd: int) -> None:
+    connection = socket.socket(fileno=fd)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.detach()
 
 
 def _first_at(data: bytes) -> int:
