@@ -32,10 +32,7 @@ if _MULTIPROC not in os.environ:
 
 bind = [address.strip() for address in settings.bind.split(",")]
 _alone = settings.broker_url == "memory:"  # each process would have a log of its own
-try:
-    workers = int(os.environ.get("WEB_CONCURRENCY") or (1 if _alone else os.cpu_count()) or 1)
-except ValueError:
-    sys.exit(f"pushsvc: WEB_CONCURRENCY is a whole number, not {os.environ['WEB_CONCURRENCY']!r}")
+workers = int(os.environ.get("WEB_CONCURRENCY") or (1 if _alone else os.cpu_count()) or 1)
 worker_class = "pushsvc.worker.PushWorker"
 worker_connections = _hard
 # Long-lived connections spread evenly: each worker has a queue of its own. A Unix socket has only one.

@@ -63,8 +63,7 @@ class Broker(ABC):
 
     @abstractmethod
     def head(self) -> Position:
-        """The position of the newest event that anybody was told of a millisecond before this call, and this process
-        before it. Switches."""
+        """The position of the newest event that anybody was told of before this call. Switches."""
 
     @abstractmethod
     def history(self, topics: Sequence[str], after: int, limit: int) -> Page:
