@@ -24,23 +24,30 @@ bench: $(VENV)/.bench
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.run: requirements.txt | $(VENV)/bin/python
-	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes
+# gunicorn's parser in C comes as source only: without a compiler gunicorn's own parser does the same, slower.
+FAST = $(PIP) -r requirements-fast.txt 2> /dev/null || echo "no C compiler: going on with gunicorn's parser in Python"
+
+$(VENV)/.run: requirements.txt requirements-fast.txt | $(VENV)/bin/python
+	$(PIP) -r requirements.txt
+	@$(FAST)
 	@touch $@
 
-$(VENV)/.dev: requirements.txt requirements-dev.txt | $(VENV)/bin/python
-	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
+$(VENV)/.dev: requirements.txt requirements-fast.txt requirements-dev.txt | $(VENV)/bin/python
+	$(PIP) -r requirements-dev.txt
+	@$(FAST)
 	@touch $(VENV)/.run $@
 
-$(VENV)/.bench: requirements-bench.txt | $(VENV)/bin/python
-	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-bench.txt
+$(VENV)/.bench: requirements-bench.txt requirements-fast.txt | $(VENV)/bin/python
+	$(PIP) -r requirements-bench.txt
+	@$(FAST)
 	@touch $@
 
 # The lock files, again from what is asked for in the .in files.
 lock: $(VENV)/.dev
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command "make lock" -o requirements.txt requirements.in
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command "make lock" -o requirements-dev.txt requirements-dev.in
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command "make lock" -o requirements-bench.txt requirements-bench.in
+	for each in requirements requirements-fast requirements-dev requirements-bench; do \
+	  $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	    --custom-compile-command "make lock" -o $$each.txt $$each.in; done
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

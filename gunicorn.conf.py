@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -39,7 +40,8 @@ worker_connections = _hard
 reuse_port = not any(address.startswith("unix:") for address in bind)
 backlog = settings.backlog
 keepalive = settings.keepalive_seconds
-limit_request_line = 0  # as gunicorn-h1c bounds it, at 1 MiB: a stream may name a thousand topics
+# A stream may name a thousand topics. The parser in C bounds a line of any length at 1 MiB, the one in Python would not.
+limit_request_line = 0 if find_spec("gunicorn_h1c") else 8190
 graceful_timeout = settings.graceful_seconds
 preload_app = False  # the application belongs to its worker: threads and connections do not survive a fork
 control_socket_disable = True
