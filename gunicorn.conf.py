@@ -131,6 +131,12 @@ def worker_exit(server, worker):
 
 
 def on_exit(server):
+    from pushsvc.brokers import end_life
+
+    try:
+        end_life(settings)
+    except Exception as error:  # the log goes on as after a crash: nothing is lost by it
+        server.log.warning("the log was not closed in order: %s", error)
     folder = Path(os.environ[_MULTIPROC])
     if folder.name.startswith(_METRICS):
         shutil.rmtree(folder, ignore_errors=True)

@@ -110,5 +110,8 @@ class Mailbox(SimpleQueue):  # type: ignore[misc]
 
 
 def replaces(event_topics: tuple[str, ...], key: str, keep: str) -> tuple[object, ...] | None:
-    """What makes two letters the same for a mailbox: topics and key of `latest` and `none`; None for `all`."""
-    return None if keep == KEEP_ALL else (event_topics, key)
+    """What makes two letters the same for a mailbox: keep, topics and key of `latest` and `none`; None for `all`.
+
+    A `none` never takes the place of a `latest`: who resumes behind it would not get that one any more.
+    """
+    return None if keep == KEEP_ALL else (keep, event_topics, key)

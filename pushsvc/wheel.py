@@ -23,8 +23,10 @@ class Wheel(Generic[T]):
 
     def turn(self, now: float) -> Iterator[T]:
         """What has become due; what is added meanwhile is not among it."""
+        due: list[T] = []
         while self._turned < int(now / self.tick):
             self._turned += 1
             slot = self._turned % len(self._slots)
-            due, self._slots[slot] = self._slots[slot], []
-            yield from due
+            due += self._slots[slot]
+            self._slots[slot] = []
+        return iter(due)

@@ -83,7 +83,7 @@ def test_streams_that_come_back_at_random_ids_have_no_gap_and_no_double(tmp_path
         with Fire(service.url, TOPICS, connections=PUBLISHERS) as fire:
             fire.acknowledged.update(before)
             resumes = Resumes(service.url, fire)
-            resumes.run(60)
+            resumes.run(40)
         resumes.judge()
         assert max(len(messages) for _, _, messages in resumes.read) > 500, "some replays have several pages"
         assert not fire.failed
@@ -208,7 +208,7 @@ def test_what_retention_took_is_told_exactly_under_fire(tmp_path: Path, broker: 
             fire.acknowledged.update(before)
             resumes = Resumes(service.url, fire)
             eventually(lambda: has_lost(service.url, before), timeout=TIMEOUT)
-            resumes.run(60)
+            resumes.run(40)
         gaps = [judge_gaps(fire, *each) for each in resumes.read]
         assert max(gaps) >= 1, "retention had something to take"
         assert min(gaps) == 0, "and left something"

@@ -16,3 +16,12 @@ def open_broker(settings: Settings) -> Broker:
     from pushsvc.brokers.sqlite import SqliteBroker
 
     return SqliteBroker(rest, settings)
+
+
+def end_life(settings: Settings) -> None:
+    """What is to be done when no process uses the log any more: see `sqlite.end_life`."""
+    scheme, _, rest = settings.broker_url.partition(":")
+    if scheme == "sqlite":
+        from pushsvc.brokers import sqlite
+
+        sqlite.end_life(rest, settings)

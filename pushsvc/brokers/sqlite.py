@@ -34,6 +34,7 @@ from pushsvc.settings import Settings
 GROUP_EVENTS = 2000  # most events of one commit
 READ_EVENTS = 1000  # most events handed over without a pause
 PAUSE_SECONDS = 0.0001  # between two full reads, so that the streams are served
+DOORBELLS = ".doorbells"  # the folder beside the log
 DEFAULT_NAME = "pushsvc.db"
 _start_thread: Callable[..., int] = monkey.get_original("_thread", "start_new_thread")
 _sleep: Callable[[float], None] = monkey.get_original("time", "sleep")
@@ -60,6 +61,7 @@ class SqliteBroker(Broker):
     def __init__(self, place: str, settings: Settings) -> None:
         self.path = _path(place)
         self._settings = settings
+        self._full_sync = settings.sync == "full"
         self._deliver: Deliver = lambda events: None
         self._reset: Reset = lambda position: None
         self._queue: SimpleQueue[_Append | None] = SimpleQueue()
@@ -147,7 +149,7 @@ class SqliteBroker(Broker):
             self._close_log()
         if self._log is None:
             try:
-                self._log = Log(self.path, time.time(), busy_seconds=0.05)
+                self._log = Log(self.path, time.time(), full_sync=self._full_sync, busy_seconds=0.05)
                 head = Position(self._log.epoch, self._log.last())
             except _Failure as error:
                 self._close_log()
@@ -169,7 +171,7 @@ class SqliteBroker(Broker):
             return
         self._take_down_doorbell()
         with contextlib.suppress(OSError):
-            self._doorbell = Doorbell(self.path.with_name(self.path.name + ".doorbells"))
+            self._doorbell = Doorbell(self.path.with_name(self.path.name + DOORBELLS))
             self._ringing = self._loop.io(self._doorbell.fileno(), 1)
             self._ringing.start(self._on_ring)
 
@@ -265,7 +267,7 @@ class SqliteBroker(Broker):
     def _reopen(self, log: Log | None) -> Log:
         if log is not None:
             log.close()
-        return Log(self.path, time.time(), full_sync=self._settings.sync == "full", locked=True)
+        return Log(self.path, time.time(), full_sync=self._full_sync, locked=True)
 
     def _commit(self, log: Log, jobs: list[_Append]) -> None:
         now = time.time()
@@ -327,6 +329,15 @@ class SqliteBroker(Broker):
         if keeper is not None:
             keeper.close()
         self._stopped.append(KEEPER)
+
+
+def end_life(place: str, settings: Settings) -> None:
+    """After the last worker's end: note in the log that all of it is on the disk. Does nothing if somebody else still
+    has its doorbell there, or has died without taking it away. Raises sqlite3.Error and OSError."""
+    path = _path(place)
+    if path.exists() and not any(path.with_name(path.name + DOORBELLS).iterdir()):
+        with contextlib.closing(Log(path, time.time(), full_sync=settings.sync == "full")) as log:
+            log.end_life()
 
 
 def _path(place: str) -> Path:

@@ -68,7 +68,7 @@ class Keeper:
             self._log, self._counted, self._swept = None, 0, 0
             self._counts.clear()
         if self._log is None:
-            self._log = Log(self._path, now)
+            self._log = Log(self._path, now, full_sync=self._settings.sync == "full")
         return self._log
 
     def _trim_topics(self, log: Log) -> None:

@@ -6,7 +6,7 @@
     marks      per topic, the newest sequence that retention took. `forgotten` in meta stands for the topics
                without a row.
     answers    Idempotency-Key -> the stretch of sequences that it was answered with.
-    meta       epoch, forgotten, probe.
+    meta       epoch, forgotten, what a probe writes; boot, safe: see `Log._begin_life`.
 
 Rows of many events go in by one statement: each step of a statement gives up Python's global lock, and taking it
 back from a busy loop can cost milliseconds.
@@ -28,6 +28,7 @@ from pushsvc.event import KEEP_ALL, KEEP_LATEST, KEEP_NONE, Draft, Event
 from pushsvc.position import new_epoch
 
 SCHEMA_VERSION = 1
+PROBE_BYTES = 1 << 16  # a nearly full disk has room for a byte, but not for an event
 _KEEPS = (KEEP_ALL, KEEP_LATEST, KEEP_NONE)
 _KEEP_NUMBER = {keep: number for number, keep in enumerate(_KEEPS)}
 _STRIDES = (256, 16, 1)  # rows per INSERT: few sizes, so that their statements stay prepared
@@ -144,13 +145,40 @@ class Log:
             if version not in (0, SCHEMA_VERSION):
                 raise sqlite3.DatabaseError(f"its schema is version {version}, this program's {SCHEMA_VERSION}")
             if version == 0:
+                os.chmod(self.path, 0o600)  # what people say to each other is not for every account of the machine
                 first = f"INSERT INTO meta VALUES('epoch', '{new_epoch(int(now * 1000))}'), ('forgotten', 0);"
                 connection.executescript(
                     f"BEGIN IMMEDIATE; {_SCHEMA} {first} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;")
+            self._begin_life(connection, boot_id(), int(now * 1000), full_sync)
         except BaseException:
             connection.close()
             raise
         return connection
+
+    def _begin_life(self, connection: sqlite3.Connection, boot: str, milliseconds: int, full_sync: bool) -> None:
+        """Begin a new epoch if the machine went down with events that were acknowledged but not on its disk.
+
+        Without full sync the newest events may be lost with the power, and their sequences would be given again: a
+        client that has seen them would miss others without being told. `boot` says in which life of the machine the
+        log was last open, `safe` that nothing can be lost: it was closed in order, or every commit was synced.
+        """
+        found = dict(connection.execute("SELECT name, value FROM meta WHERE name IN ('boot', 'safe')"))
+        doubtful = found.get("boot", boot) != boot and not found.get("safe")
+        if not doubtful and found == {"boot": boot, "safe": int(full_sync)}:
+            return
+        connection.execute("PRAGMA synchronous=FULL")  # on the disk before anything is acknowledged
+        connection.execute("BEGIN IMMEDIATE")
+        if doubtful:
+            connection.execute("UPDATE meta SET value=? WHERE name='epoch'", (new_epoch(milliseconds),))
+        connection.execute("INSERT OR REPLACE INTO meta VALUES('boot', ?), ('safe', ?)", (boot, int(full_sync)))
+        connection.execute("COMMIT")
+        connection.execute(f"PRAGMA synchronous={'FULL' if full_sync else 'NORMAL'}")
+
+    def end_life(self) -> None:
+        """Put all on the disk and note that nothing can be lost: when no process appends any more."""
+        self.truncate_wal(self._busy_seconds)
+        self.connection.execute("PRAGMA synchronous=FULL")
+        self.connection.execute("UPDATE meta SET value=1 WHERE name='safe'")
 
     def is_current(self) -> bool:
         """Whether the file was neither deleted nor replaced since."""
@@ -214,8 +242,9 @@ class Log:
                 start += stride
 
     def probe(self, now: float) -> None:
-        """Write a little: raises if the log cannot be written."""
-        self.connection.execute("INSERT OR REPLACE INTO meta VALUES('probe', ?)", (now,))
+        """Write as much as a publish may take: raises if the log cannot be written."""
+        self.connection.execute("INSERT OR REPLACE INTO meta VALUES('probed', ?), ('probe', zeroblob(?))",
+                                (now, PROBE_BYTES))
 
     # -- reading
 
@@ -356,6 +385,11 @@ class Log:
             return os.stat(f"{self.path}-wal").st_size
         except FileNotFoundError:
             return 0
+
+
+def boot_id() -> str:
+    """Which life of this machine it is."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -43,7 +43,7 @@ class Fire:
 
     Every third event goes to two topics at once, every tenth request is a batch. Each request has its own
     Idempotency-Key. `stubborn`: one that fails or is refused is repeated with its key until it is answered; else it
-    counts as `failed`, unless its connection broke: then its publisher ends.
+    counts as `failed`, unless its connection broke: then its publisher ends. Can be lit again.
 
     acknowledged: what was answered, by sequence. tried: what was sent, by key.
     """
@@ -64,6 +64,7 @@ class Fire:
         self._greenlets: list[gevent.Greenlet] = []
 
     def __enter__(self) -> Self:
+        self._stopped = False
         self._greenlets = [gevent.spawn(self._publish) for _ in range(self._connections)]
         return self
 
