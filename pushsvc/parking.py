@@ -131,7 +131,7 @@ class ParkingLot:
             subscription.sent = now
             sent += 1
             if written != size and written != len(data):
-                self._fall_behind(subscription, data[written:])
+                self._fall_behind(subscription, memoryview(data)[written:])
         self._hub.metrics.counts.delivered += sent * len(payload.letters)
         return others
 
@@ -146,7 +146,7 @@ class ParkingLot:
                 self._hub.close(subscription, GONE)
                 return
             if written < len(BEAT):
-                self._fall_behind(subscription, BEAT[written:])
+                self._fall_behind(subscription, memoryview(BEAT)[written:])
 
     def leave(self, subscription: Subscription) -> None:
         """End a stream of the lot that the hub has closed: at once, or behind what waits for it. Atomic: no switch."""
@@ -173,7 +173,7 @@ class ParkingLot:
         subscription.mailbox = None
         subscription.state = State.PARKED
 
-    def _fall_behind(self, subscription: Subscription, rest: bytes) -> None:
+    def _fall_behind(self, subscription: Subscription, rest: memoryview) -> None:
         """Lend a greenlet to a stream whose socket is full. Atomic: no switch."""
         subscription.state = State.BEHIND
         subscription.mailbox = Mailbox(self._settings.mailbox_events, self._settings.mailbox_bytes)
@@ -182,21 +182,21 @@ class ParkingLot:
         greenlet.rawlink(partial(self._on_caught_up, subscription))
         greenlet.start()
 
-    def _catch_up(self, subscription: Subscription, rest: bytes) -> bool:
+    def _catch_up(self, subscription: Subscription, rest: memoryview) -> bool:
         """Write what is left and what comes meanwhile; True when the mailbox is empty. Switches."""
         watcher = self._loop.io(subscription.fd, WRITE)
         try:
             while rest:
                 rest = self._write(subscription.fd, rest, watcher)
                 if not rest:
-                    rest = self._next(subscription)
+                    rest = memoryview(self._next(subscription))
         except OSError:
             return False
         finally:
             watcher.close()
         return True
 
-    def _write(self, fd: int, data: bytes, watcher: Any) -> bytes:
+    def _write(self, fd: int, data: memoryview, watcher: Any) -> memoryview:
         try:
             return data[os.write(fd, data) :]
         except BlockingIOError:
@@ -217,7 +217,7 @@ class ParkingLot:
         del self._behind[subscription]
         if subscription.state is State.BEHIND and greenlet.value is True:
             if data := subscription.take_waiting(self._hub.now):  # something came since its last look
-                self._fall_behind(subscription, sse.chunk(data))
+                self._fall_behind(subscription, memoryview(sse.chunk(data)))
             else:
                 self._rest(subscription)
             return

@@ -87,9 +87,10 @@ class Raw:
 
     def sendall(self, data: bytes) -> None:
         """Write all. Raises OSError. Switches only if the socket is full."""
-        while data:
+        rest = memoryview(data)
+        while rest:
             try:
-                data = data[os.write(self.fd, data) :]
+                rest = rest[os.write(self.fd, rest) :]
             except BlockingIOError:
                 hub = gevent.get_hub()
                 hub.wait(hub.loop.io(self.fd, WRITE))

@@ -130,6 +130,20 @@ class Fleet:
         commands = [{"do": "wait", "events": share, "seconds": seconds} for share in shares]
         return self._ask(commands, seconds + ANSWER_SECONDS)
 
+    def follow(self, seconds: float) -> None:
+        """From now on `arrived()` has news, so many seconds apart; 0: no longer."""
+        self._all({"do": "follow", "seconds": seconds})
+
+    def fileno(self) -> int:
+        """What becomes readable when there is news. For a fleet of one process."""
+        (process,) = self._processes
+        assert process.stdout is not None
+        return process.stdout.fileno()
+
+    def arrived(self) -> int:
+        """How many events have come since the last reset. Waits for news; for a fleet of one process."""
+        return int(self._line(0)["arrived"])
+
     def stop(self) -> None:
         """End the processes. Idempotent."""
         for process in self._processes:
@@ -173,7 +187,7 @@ class Fleet:
                 if "progress" in answer:
                     self._open[place] = answer["progress"]
                     progress(sum(self._open))
-                else:
+                elif "arrived" not in answer:
                     answers[place] = answer
                     del waiting[fd]
         return [answers[place] for place in sorted(answers)]

@@ -3,19 +3,19 @@ processor time and memory, but for latencies and deliveries, which are the clien
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import probe
 import servers
 from fleet import PER_PROCESS, Fleet, Seen
-from publisher import Publisher, flood, mark, pace
+from publisher import Flood, Publisher, mark, pace
 from servers import HOST, Server
 from swarm import Target
 
@@ -25,6 +25,7 @@ EVENT_SECONDS = 60.0  # an event that has not come by then is lost
 PAUSE_SECONDS = 0.02  # between an event's last delivery and the next event
 WARM_EVENTS = 3
 RAMP_SECONDS = 1.0
+NEWS_SECONDS = 0.002
 PACERS = 8  # connections of a publisher that does not wait for answers
 TOPIC = "bench"
 Progress = Callable[[str], None]
@@ -152,33 +153,32 @@ def _one_by_one(rig: Rig, publisher: Publisher, events: int) -> Seen:
 
 
 def flat_out(server: Server, load: Load, cores: Cores, progress: Progress) -> Found:
-    """Deliveries per second when publishers send as fast as they are answered, to streams of one topic."""
+    """Deliveries per second when publishers send as fast as it is delivered, to streams of one topic."""
     with rigged(server, cores, load.flat_streams, progress) as rig:
         rig.open(load.flat_streams)
-        progress(f"as fast as it goes to {load.flat_streams} streams")
-        _flood(rig, RAMP_SECONDS, 0)
         rig.fleet.reset()
-        begun, cpu, client = time.monotonic(), rig.cpu(), probe.cpu_seconds(rig.fleet.pids)
-        published = _flood(rig, load.flat_seconds, server.connections)
-        seen = rig.fleet.stats()
-        took = time.monotonic() - begun
-        return {"flat_per_second": seen.events / took, "flat_published_per_second": published / took,
-                "flat_p50_ms": seen.percentile_ms(0.5), "flat_p99_ms": seen.percentile_ms(0.99),
-                "flat_reads_per_second": seen.reads / took, "flat_disorder": seen.disorder,
-                "flat_ended": seen.ended, "flat_server_cpu": (rig.cpu() - cpu) / took,
-                "flat_client_cpu": (probe.cpu_seconds(rig.fleet.pids) - client) / took}
+        rig.fleet.follow(NEWS_SECONDS)
+        progress(f"as fast as it goes to {load.flat_streams} streams")
+        publishers = [server.publisher() for _ in range(server.connections)]
+        flood = Flood(publishers, server.batch, partial(server.request, TOPIC), rig.fleet, load.flat_streams)
+        flood.run(RAMP_SECONDS)
+        found = _during(rig, lambda: flood.run(load.flat_seconds))
+        for publisher in publishers:
+            publisher.close()
+        return found
 
 
-def _flood(rig: Rig, seconds: float, first_series: int) -> int:
-    """Each connection has a series of its own: what comes over one stays in order, different ones may cross."""
-    server = rig.server
-
-    def requests(connection: int) -> Iterator[bytes]:
-        for first in itertools.count(1, server.batch):
-            numbers = range(first, first + server.batch)
-            yield server.request(TOPIC, [mark(number, first_series + connection) for number in numbers])
-
-    return flood(HOST, server.port, server.connections, seconds, requests) * server.batch
+def _during(rig: Rig, run: Callable[[], int]) -> Found:
+    before, begun, cpu, client = rig.fleet.stats(), time.monotonic(), rig.cpu(), probe.cpu_seconds(rig.fleet.pids)
+    published = run()
+    seen = rig.fleet.stats()
+    took = time.monotonic() - begun
+    seen.latency.subtract(before.latency)
+    return {"flat_per_second": (seen.events - before.events) / took, "flat_published_per_second": published / took,
+            "flat_p50_ms": seen.percentile_ms(0.5), "flat_p99_ms": seen.percentile_ms(0.99),
+            "flat_reads_per_second": (seen.reads - before.reads) / took, "flat_disorder": seen.disorder,
+            "flat_ended": seen.ended, "flat_server_cpu": (rig.cpu() - cpu) / took,
+            "flat_client_cpu": (probe.cpu_seconds(rig.fleet.pids) - client) / took}
 
 
 def mixed(server: Server, load: Load, cores: Cores, progress: Progress) -> Found:

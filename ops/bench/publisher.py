@@ -8,7 +8,8 @@ import select
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 DATA_BYTES = 100
 ANSWER_SECONDS = 30.0
@@ -67,22 +68,48 @@ class Publisher:
         self._socket.close()
 
 
-def flood(host: str, port: int, connections: int, seconds: float, requests: Callable[[int], Iterator[bytes]]) -> int:
-    """Publish as fast as the server answers: `requests(k)` are those of connection k, each sent when the one before was
-    answered; how many were."""
-    publishers = [Publisher(host, port) for _ in range(connections)]
-    streams = [requests(place) for place in range(connections)]
-    answered, until = 0, time.monotonic() + seconds
-    for publisher, stream in zip(publishers, streams, strict=True):
-        publisher.send(next(stream))
-    while (left := until - time.monotonic()) > 0:
-        for publisher in select.select(publishers, [], [], left)[0]:
-            if publisher.receive():
-                answered += 1
-                publisher.send(next(streams[publishers.index(publisher)]))
-    for publisher in publishers:
-        publisher.close()
-    return answered
+class News(Protocol):
+    """Who tells how many events have arrived at all streams together; `fileno()` is readable when there is news."""
+
+    def fileno(self) -> int: ...
+    def arrived(self) -> int: ...
+
+
+class Flood:
+    """Publishes as fast as it is delivered: each connection sends its next batch when its last one was answered, as long
+    as no more than one batch of each has not arrived at the `streams` on average. So nothing piles up without end."""
+
+    def __init__(self, publishers: Sequence[Publisher], batch: int, request: Callable[[Sequence[str]], bytes], news: News,
+                 streams: int) -> None:
+        self._publishers = publishers
+        self._numbers = dict.fromkeys(publishers, 1)
+        self._idle = deque(publishers)
+        self._batch = batch
+        self._request = request
+        self._news = news
+        self._streams = streams
+        self._sent = self._arrived = 0.0
+
+    def run(self, seconds: float) -> int:
+        """How many events were published in this time."""
+        sent, until = self._sent, time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            while self._idle and self._sent - self._arrived <= self._batch * (len(self._publishers) - 1):
+                self._send(self._idle.popleft())
+            busy = [each for each in self._publishers if each not in self._idle]
+            for each in select.select([self._news, *busy], [], [], left)[0]:
+                if each is self._news:
+                    self._arrived = self._news.arrived() / self._streams
+                elif each.receive():
+                    self._idle.append(each)
+        return int(self._sent - sent)
+
+    def _send(self, publisher: Publisher) -> None:
+        first = self._numbers[publisher]
+        self._numbers[publisher] += self._batch
+        self._sent += self._batch
+        series = self._publishers.index(publisher)
+        publisher.send(self._request([mark(first + place, series) for place in range(self._batch)]))
 
 
 def pace(publishers: Sequence[Publisher], rate: float, seconds: float,

@@ -43,7 +43,8 @@ class Server(ABC):
     """A server that the bench can start, subscribe to and publish to.
 
     name: its word in results and on the command line. title: what a table calls it. path: where to subscribe, with
-    `{topic}`. batch: events of one request when it is to be as fast as it can. connections: publishers of that.
+    `{topic}`. batch: events of one request when it is to be as fast as it can. connections: how many such
+    requests may be under way.
     """
 
     name = ""

@@ -6,8 +6,8 @@ was published (monotonic, nanoseconds), N grows by one within the series K. A st
 or has two in the wrong order is counted as disorder.
 
 Run as a program it obeys one JSON command per line on standard input and answers one JSON line each; while it opens it
-tells its progress, too. `Fleet` in fleet.py is the other end. Commands: open, wait, stats, reset, close. It ends with
-its standard input.
+tells its progress, and after `follow` how many events have come. `Fleet` in fleet.py is the other end. Commands: open,
+wait, stats, reset, close, follow. It ends with its standard input.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Swarm:
         self._state = bytearray(most)
         self._number = array("i", [0]) * most
         self._last = array("q", [UNKNOWN]) * most  # of series 0
-        self._others: dict[tuple[int, int], int] = {}  # of the others
+        self._others: dict[int, dict[int, int]] = {}  # of the others
         self._rests: dict[int, bytes] = {}
         self._again: deque[tuple[float, int]] = deque()
         self._cache: dict[bytes, Parsed] = {}
@@ -203,7 +203,7 @@ class Swarm:
             data = self._rests.pop(fd) + data
         if len(data) > SMALL and self._number[fd] % SAMPLE:
             count, at = data.count(b"@"), _first_at(data)
-            self._last[fd] = UNKNOWN
+            self._forget(fd)
         else:
             count, at, runs, rest = self._cache.get(data) or self._parse(data)
             for run in runs:
@@ -236,13 +236,18 @@ class Swarm:
         return found
 
     def _check(self, fd: int, key: int, first: int, last: int, unbroken: bool) -> None:
-        before = self._others.get((fd, key), UNKNOWN) if key else self._last[fd]
+        others = self._others.setdefault(fd, {}) if key else None
+        before = self._last[fd] if others is None else others.get(key, UNKNOWN)
         if not unbroken or (before != UNKNOWN and first != before + 1):
             self.stats.disorder += 1
-        if key:
-            self._others[fd, key] = last
-        else:
+        if others is None:
             self._last[fd] = last
+        else:
+            others[key] = last
+
+    def _forget(self, fd: int) -> None:
+        self._last[fd] = UNKNOWN
+        self._others.pop(fd, None)
 
     # -- closing
 
@@ -253,6 +258,7 @@ class Swarm:
             self.opening -= 1
         self._state[fd] = FREE
         self._rests.pop(fd, None)
+        self._forget(fd)
         os.close(fd)
         if self._target.again:
             self._again.append((time.monotonic() + AGAIN_SECONDS, self._number[fd]))
@@ -266,7 +272,6 @@ class Swarm:
                 if abort:
                     _reset_at_close(fd)
                 self._drop(fd)
-        self._others.clear()
 
     def reset(self) -> None:
         """Forget the stats, and which numbers the streams had."""
@@ -300,12 +305,30 @@ def report(swarm: Swarm) -> dict[str, Any]:
             "last_at": stats.last_at, "latency": stats.latency}
 
 
-def obey(swarm: Swarm, command: dict[str, Any]) -> dict[str, Any]:
+class Follower:
+    """Tells how many events have come, some milliseconds apart, when it is asked to."""
+
+    def __init__(self, swarm: Swarm) -> None:
+        self.seconds = 0.0
+        self._swarm = swarm
+        self._told = (0.0, 0)
+
+    def tell(self) -> None:
+        at, events = self._told
+        now, stats = time.monotonic(), self._swarm.stats
+        if self.seconds and now - at >= self.seconds and stats.events != events:
+            self._told = now, stats.events
+            say({"arrived": stats.events})
+
+
+def obey(swarm: Swarm, follower: Follower, command: dict[str, Any]) -> dict[str, Any]:
     verb = command.pop("do")
     if verb == "open":
         swarm.open(Target(**command.pop("target")), **command, tell=lambda: say({"progress": swarm.open_count}))
     elif verb in ("wait", "reset", "close"):
         getattr(swarm, verb)(**command)
+    elif verb == "follow":
+        follower.seconds = command["seconds"]
     elif verb != "stats":
         raise ValueError(f"no such command: {verb}")
     return report(swarm)
@@ -321,14 +344,16 @@ def main() -> None:
     gc.disable()  # nothing here goes in circles
     commands = os.fdopen(sys.stdin.fileno(), "rb", buffering=0)
     swarm = Swarm(commands.fileno())
+    follower = Follower(swarm)
     while True:
-        swarm.turn(1.0)
+        swarm.turn(follower.seconds or 1.0)
+        follower.tell()
         if swarm.commanded:
             swarm.commanded = False
             line = commands.readline()
             if not line:
                 return
-            say(obey(swarm, json.loads(line)))
+            say(obey(swarm, follower, json.loads(line)))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ class Doorbell:
         # Through the folder's descriptor: a Unix socket's path has at most 107 bytes, a folder's may have more.
         self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._socket = RawSocket(AF_UNIX, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC)
+        self._others: list[str] = []
+        self._listed_at = -1
         self._ringer = RawSocket(AF_UNIX, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC)
         self._name = f"{os.getpid()}.{self._socket.fileno()}.sock"  # a process may have several
         self._place = folder / self._name
@@ -42,9 +44,12 @@ class Doorbell:
     def ring(self) -> None:
         """Wake every other worker. From any thread; never waits, never raises."""
         with contextlib.suppress(OSError):
-            for name in os.listdir(self._folder):
-                if name != self._name:
-                    self._ring(name)
+            changed_at = os.fstat(self._folder).st_mtime_ns
+            if changed_at != self._listed_at:
+                self._others = [name for name in os.listdir(self._folder) if name != self._name]
+                self._listed_at = changed_at
+            for name in self._others:
+                self._ring(name)
 
     def answer(self) -> None:
         """Take all rings that have come. Atomic: no switch."""

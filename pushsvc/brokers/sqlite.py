@@ -34,6 +34,8 @@ from pushsvc.settings import Settings
 GROUP_EVENTS = 2000  # most events of one commit
 READ_EVENTS = 1000  # most events handed over without a pause
 PAUSE_SECONDS = 0.0001  # between two full reads, so that the streams are served
+LOOK_SECONDS = 0.1  # how long a reader may not notice that the file was replaced; the writer looks every time
+GATHER_SECONDS = 0.001  # least time between two reads: what is published faster is read together
 DOORBELLS = ".doorbells"  # the folder beside the log
 DEFAULT_NAME = "pushsvc.db"
 _start_thread: Callable[..., int] = monkey.get_original("_thread", "start_new_thread")
@@ -54,6 +56,10 @@ class _Append:
         self.error: Exception | None = None
         self.result = AsyncResult()
 
+    def is_plain(self) -> bool:
+        """Whether it is no more than one event of one topic."""
+        return self.key is None and len(self.drafts) == 1 and len(self.drafts[0].topics) == 1
+
 
 class SqliteBroker(Broker):
     """The log at `place` (a path, also as `//` and a path; a folder or nothing: the default name in it)."""
@@ -69,6 +75,7 @@ class SqliteBroker(Broker):
         self._wake = Signal()
         self._log: Log | None = None
         self._last = Position("", 0)
+        self._look_at = 0.0
         self._doorbell: Doorbell | None = None
         self._ringing: Any = None
         self._reader: gevent.Greenlet | None = None
@@ -145,8 +152,11 @@ class SqliteBroker(Broker):
         """The loop's connection to the log; a new one if the file was replaced. Atomic: no switch."""
         if self._closed:
             raise BrokerUnavailable(CLOSED)
-        if self._log is not None and not self._log.is_current():
-            self._close_log()
+        now = time.monotonic()
+        if self._log is not None and now >= self._look_at:
+            self._look_at = now + LOOK_SECONDS
+            if not self._log.is_current():
+                self._close_log()
         if self._log is None:
             try:
                 self._log = Log(self.path, time.time(), full_sync=self._full_sync, busy_seconds=0.05)
@@ -197,13 +207,17 @@ class SqliteBroker(Broker):
 
     def _read(self) -> None:
         """The reader: on a ring, or after the poll interval, hand over what is new. Switches."""
+        read_at = 0.0
         while True:
             if not self._wake.wait(self._settings.poll_seconds):
                 self._look_after_doorbell()
+            if (early := read_at + GATHER_SECONDS - time.monotonic()) > 0:
+                gevent.sleep(early)
             self._wake.clear()
             try:
                 while self._hand_over():
                     gevent.sleep(PAUSE_SECONDS)
+                read_at = time.monotonic()
                 self._trouble.note(READER, None)
             except Exception as error:  # the top of a greenlet; what was missed meanwhile is read later
                 self._trouble.note(READER, error)
@@ -271,6 +285,9 @@ class SqliteBroker(Broker):
 
     def _commit(self, log: Log, jobs: list[_Append]) -> None:
         now = time.time()
+        if len(jobs) == 1 and jobs[0].is_plain():
+            jobs[0].positions = _positions(log.epoch, log.add_one(jobs[0].drafts[0], now))
+            return
         with log.transaction():
             fresh: list[_Append] = []
             seen: dict[str, _Append] = {}

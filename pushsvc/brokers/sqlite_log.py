@@ -2,7 +2,8 @@
 
     events     one row per event; `seq` is its place in the order. `topics` joined by LF, which no topic contains.
     history    (topic, seq) for each event that a topic's history holds. `key` only for `keep: latest`: the unique
-               index over it makes a new row take the place of the older one.
+               index over it makes a new row take the place of the older one. Events of one topic are entered by
+               a trigger.
     marks      per topic, the newest sequence that retention took. `forgotten` in meta stands for the topics
                without a row.
     answers    Idempotency-Key -> the stretch of sequences that it was answered with.
@@ -42,6 +43,10 @@ CREATE TABLE IF NOT EXISTS history(
     topic TEXT NOT NULL, seq INTEGER NOT NULL, key TEXT, PRIMARY KEY(topic, seq)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS history_seq ON history(seq);
 CREATE UNIQUE INDEX IF NOT EXISTS history_latest ON history(topic, key) WHERE key IS NOT NULL;
+CREATE TRIGGER IF NOT EXISTS events_history AFTER INSERT ON events WHEN new.keep <> 2 AND instr(new.topics, char(10)) = 0
+BEGIN
+    INSERT OR REPLACE INTO history VALUES(new.topics, new.seq, CASE new.keep WHEN 1 THEN new.key END);
+END;
 CREATE TABLE IF NOT EXISTS marks(topic TEXT PRIMARY KEY, seq INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS answers(
     key TEXT PRIMARY KEY, first INTEGER NOT NULL, count INTEGER NOT NULL, at REAL NOT NULL) WITHOUT ROWID;
@@ -220,17 +225,20 @@ class Log:
     def add(self, drafts: Sequence[Draft], now: float) -> Stretch:
         """Append `drafts`; the stretch of their sequences."""
         first = self.last() + 1
-        events: list[tuple[object, ...]] = []
+        self._insert("INSERT INTO events VALUES", [_row(seq, draft, now) for seq, draft in enumerate(drafts, first)])
         history: list[tuple[object, ...]] = []
         for seq, draft in enumerate(drafts, first):
-            events.append((seq, now, "\n".join(draft.topics), draft.event, draft.data, _KEEP_NUMBER[draft.keep],
-                           draft.key, draft.retry))
-            if draft.keep != KEEP_NONE:
+            if draft.keep != KEEP_NONE and len(draft.topics) > 1:  # the trigger has seen to the others
                 key = draft.key if draft.keep == KEEP_LATEST else None
                 history += [(topic, seq, key) for topic in draft.topics]
-        self._insert("INSERT INTO events VALUES", events)
         self._insert("INSERT OR REPLACE INTO history VALUES", history)
         return Stretch((first, len(drafts)))
+
+    def add_one(self, draft: Draft, now: float) -> Stretch:
+        """Append one draft of one topic, outside of a transaction: a single statement, which is one by itself. Each
+        further statement would give up the interpreter's lock and wait for it again."""
+        cursor = self.connection.execute("INSERT INTO events VALUES(?,?,?,?,?,?,?,?)", _row(None, draft, now))
+        return Stretch((cursor.lastrowid or 0, 1))
 
     def _insert(self, verb: str, rows: list[tuple[object, ...]]) -> None:
         start = 0
@@ -390,6 +398,11 @@ class Log:
 def boot_id() -> str:
     """Which life of this machine it is."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _row(seq: int | None, draft: Draft, now: float) -> tuple[object, ...]:
+    """A row of `events`; without `seq` it gets the next."""
+    return (seq, now, "\n".join(draft.topics), draft.event, draft.data, _KEEP_NUMBER[draft.keep], draft.key, draft.retry)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -163,7 +163,7 @@ def _lines(body: bytes, most: int) -> list[Draft]:
 
 def _parse(text: bytes) -> Any:
     try:
-        return json.loads(text.decode(), object_pairs_hook=_object, parse_constant=_constant)
+        return _DECODER.decode(text.decode())
     except UnicodeDecodeError:
         raise BadRequest("the body is not UTF-8") from None
     except RecursionError:
@@ -182,6 +182,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _constant(name: str) -> None:
     raise BadRequest(f"{name} is no JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
 def _draft(fields: dict[str, Any]) -> Draft:
