@@ -26,8 +26,8 @@ except ImportError:  # then every request goes gunicorn's way
 MOST_PEERS = 4096  # proxies, mostly
 READ_BYTES = 8192  # as much as gunicorn reads at first
 # Fields that change how a request is read, or that only a trusted peer may send: gunicorn knows their rules.
-_SPECIAL = frozenset((b"CONTENT-LENGTH", b"CONTENT-TYPE", b"TRANSFER-ENCODING", b"EXPECT", b"UPGRADE", b"TE", b"TRAILER", b"FORWARDED",
-                      b"HTTP2-SETTINGS", b"SCRIPT-NAME", b"PATH-INFO"))
+_SPECIAL = frozenset((b"CONTENT-LENGTH", b"CONTENT-TYPE", b"TRANSFER-ENCODING", b"EXPECT", b"UPGRADE", b"TE",
+                      b"TRAILER", b"FORWARDED", b"HTTP2-SETTINGS", b"SCRIPT-NAME", b"PATH-INFO"))
 # RFC 9112, section 3.2.1, origin-form: an absolute path of printable ASCII.
 _TARGET = re.compile(rb"/(?!/)[\x21-\x22\x24-\x7e]*")
 

@@ -135,8 +135,8 @@ def test_a_peer_whose_link_goes_down_is_given_up_within_seconds(tmp_path):
         pytest.skip("a network namespace needs root and the ip command")
     with _namespace() as (name, cut), _bound_to(tmp_path, HOST) as server:
         code = ("import socket,sys,time;s=socket.create_connection((sys.argv[1],int(sys.argv[2])));"
-                "s.sendall(b'GET /events?topic=far HTTP/1.1\\r\\nHost: h\\r\\n\\r\\n');s.recv(100);print('open',flush=True);"
-                "time.sleep(60)")
+                "s.sendall(b'GET /events?topic=far HTTP/1.1\\r\\nHost: h\\r\\n\\r\\n');s.recv(100);"
+                "print('open',flush=True);time.sleep(60)")
         command = ["ip", "netns", "exec", name, sys.executable, "-c", code, HOST, str(server.port)]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as peer:
             try:

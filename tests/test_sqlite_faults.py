@@ -98,7 +98,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting a file system takes root")
     path = tmp_path / "disk"
     path.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "pushsvc-test", path], capture_output=True, text=True)
+    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "pushsvc-test", path]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"no mount here: {done.stderr.strip()}")
     try:

@@ -235,8 +235,9 @@ def assert_exact(messages: Iterable[Message], expected: Iterable[Published]) -> 
     wanted = [(each.id, each.data) for each in expected]
     if got == wanted:
         return
-    missing, surplus = [each for each in wanted if each not in set(got)], [each for each in got if each not in set(wanted)]
-    assert False, (f"{len(got)} messages, {len(wanted)} expected; missing {len(missing)} {missing[:3]}, "
+    missing = [each for each in wanted if each not in set(got)]
+    surplus = [each for each in got if each not in set(wanted)]
+    raise AssertionError(f"{len(got)} messages, {len(wanted)} expected; missing {len(missing)} {missing[:3]}, "
                    f"unexpected {len(surplus)} {surplus[:3]}, in order: {sorted(got, key=_place) == got}, "
                    f"doubles: {len(got) - len(set(got))}, first {got[:2]}, last {got[-2:]}")
 
