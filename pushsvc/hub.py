@@ -29,8 +29,8 @@ from pushsvc.settings import Settings
 from pushsvc.subscription import Group, State, Subscription
 from pushsvc.wheel import Wheel
 
-SLICE_SECONDS = 0.003  # how long a fan-out runs before it gives way
-TURN_STREAMS = 64  # how many streams of a large group between two looks at the clock
+SLICE_SECONDS = 0.001  # how long a fan-out runs before it gives way; a publish waits for a few of them
+TURN_STREAMS = 32  # how many streams of a large group between two looks at the clock
 SMALL_GROUP = 64  # groups up to this size go before larger ones
 TICK_SECONDS = 0.25
 DRAIN_PER_SECOND = 500  # a worker with few streams drains faster than the window

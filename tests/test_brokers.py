@@ -541,7 +541,7 @@ def test_a_reader_that_retention_overtook_is_told_by_a_reset(side: Open) -> None
     positions = one.broker.append(drafts(20))
     eventually(lambda: one.missing("a") == positions[14].seq)
     assert two.calls[1:] == [two.events]
-    last, = two.broker.append([draft("last")])
+    last, = two.broker.append([draft("last", "b")])
     assert data(two.heard(7)) == ["seen", *(f"a{number}" for number in range(15, 20)), "last"]
     assert two.resets[1:] == [Position(last.epoch, positions[14].seq)]
     assert two.calls.index(two.resets[1]) == 2, "before what follows"

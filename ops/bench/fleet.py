@@ -81,11 +81,14 @@ def say_progress(text: str) -> None:
 class Fleet:
     """`processes` swarms; `cores`: those that they may use. Call `stop()`, or use it in a `with` block.
 
+    arrived: how many events had come since the last reset, by the latest news (see `follow`).
+
     watch: called at least once a second while the fleet waits; what it raises ends the wait.
     """
 
     def __init__(self, processes: int = 1, cores: Iterable[int] | None = None,
                  watch: Callable[[], None] = lambda: None) -> None:
+        self.arrived = 0
         self._watch = watch
         self._processes = [_start(cores) for _ in range(processes)]
         self._open = [0] * processes
@@ -131,18 +134,18 @@ class Fleet:
         return self._ask(commands, seconds + ANSWER_SECONDS)
 
     def follow(self, seconds: float) -> None:
-        """From now on `arrived()` has news, so many seconds apart; 0: no longer."""
+        """From now on there is news of `arrived`, so many seconds apart; 0: no longer. For a fleet of one process."""
         self._all({"do": "follow", "seconds": seconds})
 
     def fileno(self) -> int:
-        """What becomes readable when there is news. For a fleet of one process."""
+        """What becomes readable when there is news."""
         (process,) = self._processes
         assert process.stdout is not None
         return process.stdout.fileno()
 
-    def arrived(self) -> int:
-        """How many events have come since the last reset. Waits for news; for a fleet of one process."""
-        return int(self._line(0)["arrived"])
+    def read_news(self) -> None:
+        """Take one piece of news. Waits for it."""
+        self.arrived = self._line(0)["arrived"]
 
     def stop(self) -> None:
         """End the processes. Idempotent."""
@@ -187,7 +190,9 @@ class Fleet:
                 if "progress" in answer:
                     self._open[place] = answer["progress"]
                     progress(sum(self._open))
-                elif "arrived" not in answer:
+                elif "arrived" in answer:
+                    self.arrived = answer["arrived"]
+                else:
                     answers[place] = answer
                     del waiting[fd]
         return [answers[place] for place in sorted(answers)]

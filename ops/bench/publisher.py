@@ -69,10 +69,12 @@ class Publisher:
 
 
 class News(Protocol):
-    """Who tells how many events have arrived at all streams together; `fileno()` is readable when there is news."""
+    """Who knows how many events have arrived at all streams together; `fileno()` is readable when there is news."""
+
+    arrived: int
 
     def fileno(self) -> int: ...
-    def arrived(self) -> int: ...
+    def read_news(self) -> None: ...
 
 
 class Flood:
@@ -88,21 +90,24 @@ class Flood:
         self._request = request
         self._news = news
         self._streams = streams
-        self._sent = self._arrived = 0.0
+        self._sent = 0
 
     def run(self, seconds: float) -> int:
         """How many events were published in this time."""
         sent, until = self._sent, time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
-            while self._idle and self._sent - self._arrived <= self._batch * (len(self._publishers) - 1):
+            while self._idle and self._under_way() <= self._batch * (len(self._publishers) - 1):
                 self._send(self._idle.popleft())
             busy = [each for each in self._publishers if each not in self._idle]
             for each in select.select([self._news, *busy], [], [], left)[0]:
                 if each is self._news:
-                    self._arrived = self._news.arrived() / self._streams
+                    self._news.read_news()
                 elif each.receive():
                     self._idle.append(each)
-        return int(self._sent - sent)
+        return self._sent - sent
+
+    def _under_way(self) -> float:
+        return self._sent - self._news.arrived / self._streams
 
     def _send(self, publisher: Publisher) -> None:
         first = self._numbers[publisher]

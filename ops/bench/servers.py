@@ -188,6 +188,7 @@ class Pushsvc(Server):
 class PushsvcUnparked(Pushsvc):
     name = "pushsvc-gevent"
     title = "pushsvc, gunicorn's own gevent worker"
+    batch = 100
     worker_class = "gevent"
 
 
@@ -209,7 +210,8 @@ class Stock(_App):
     def command(self, folder: Path) -> list[str]:
         return [sys.executable, "-m", "gunicorn", "--chdir", str(APPS), "-k", "gevent", "-w", "1", "-b",
                 f"{HOST}:{self.port}", "--worker-connections", "19000", "--backlog", "4096", "--keep-alive", "75",
-                "--http-parser", "python", "--no-control-socket", "--log-level", "warning", "stock:app"]
+                "--graceful-timeout", "2", "--http-parser", "python", "--no-control-socket", "--log-level", "warning",
+                "stock:app"]
 
 
 class SseStarlette(_App):
@@ -223,7 +225,7 @@ class SseStarlette(_App):
     def command(self, folder: Path) -> list[str]:
         return [sys.executable, "-m", "uvicorn", "--app-dir", str(APPS), "--host", HOST, "--port", str(self.port),
                 "--loop", "uvloop", "--http", "httptools", "--backlog", "4096", "--timeout-keep-alive", "75",
-                "--timeout-graceful-shutdown", "5", "--no-access-log", "--log-level", "warning", "starlette_app:app"]
+                "--timeout-graceful-shutdown", "2", "--no-access-log", "--log-level", "warning", "starlette_app:app"]
 
 
 class AiohttpSse(_App):
@@ -241,6 +243,7 @@ class AiohttpSse(_App):
 class Nchan(Server):
     name = "nchan"
     title = "nchan in nginx (C)"
+    connections = 32
 
     def version(self) -> str:
         nginx, module = build.nginx_with_nchan(self.cache)

@@ -34,7 +34,7 @@ from typing import Any
 MARK = re.compile(rb"@(\d+) (\d+) (\d+) ")
 IN_FLIGHT = 256  # connects under way at once
 READ = 65_536
-SMALL = 4096  # larger reads are only counted, but on every SAMPLE-th stream
+SMALL = 512  # larger reads (several events at once) are only counted, but on every SAMPLE-th stream
 SAMPLE = 64
 CACHE = 4096  # different reads that are remembered
 MOST = 32_768  # descriptors of one process; a source address has fewer ports

@@ -42,7 +42,8 @@ def main() -> None:
     app = web.Application()
     app.router.add_get("/events", events)
     app.router.add_post("/publish", publish)
-    web.run_app(app, host="127.0.0.1", port=int(sys.argv[1]), backlog=4096, access_log=None, print=None)
+    web.run_app(app, host="127.0.0.1", port=int(sys.argv[1]), backlog=4096, access_log=None, print=None,
+                shutdown_timeout=2)
 
 
 if __name__ == "__main__":
