@@ -222,16 +222,17 @@ class Hub:
             while self._small or self._large:
                 if self._small:
                     self._serve_small(until)
-                else:
+                if self._large:
                     self._serve_a_turn()
                 if self.clock() > until:
                     gevent.sleep(YIELD_SECONDS)
                     until = self.clock() + SLICE_SECONDS
 
     def _serve_small(self, until: float) -> None:
-        """Serve small groups until there are none or the slice ends. Atomic: no switch."""
-        oldest = self.wall()
-        while self._small and self.clock() < until:
+        """Serve small groups, one at least, until there are none or the slice ends. Atomic: no switch."""
+        oldest, served = self.wall(), False
+        while self._small and not (served and self.clock() >= until):
+            served = True
             group = self._small.popleft()
             bundle, group.pending = group.pending, None
             if bundle is not None:
