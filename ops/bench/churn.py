@@ -23,7 +23,8 @@ from typing import Any
 
 import probe
 import report
-from fleet import Fleet, FleetError, end_gently, say_progress
+from fleet import Fleet, FleetError, say_progress
+from fleet import run as run_program
 from servers import APPS, HOST, ROOT, Pushsvc, ServerError, running
 from swarm import Target
 
@@ -119,7 +120,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where bench/churn.json and BENCHMARKS.md go")
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of text")
     options = parser.parse_args(arguments)
-    end_gently()
     try:
         found = {"date": probe.now(), "command": " ".join(["python", "ops/bench/churn.py", *sys.argv[1:]]),
                  **run(options.total, options.wave, options.workers)}
@@ -133,4 +133,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

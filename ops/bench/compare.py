@@ -11,7 +11,8 @@ Per round, server after server:
 The medians over the rounds go into docs/bench/results.json (written anew after each measurement), and from there into
 docs/BENCHMARKS.md and its pictures. Servers that cannot be had here are skipped, with the reason.
 
-Exit codes: 0 measured; 1 a server did not do what was measured, or (with --strict) a target was missed; 2 wrong options.
+Exit codes: 0 measured; 1 a server did not do what was measured, or (with --strict) a target was missed; 2 wrong options;
+130 broken off (what was measured until then is in results.json).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import build
 import measures
 import probe
 import report
-from fleet import FleetError, end_gently, say_progress
+from fleet import FleetError, run, say_progress
 from measures import Cores, Load, MeasureError
 from publisher import PublishError
 from servers import ALL, ROOT, Server, ServerError
@@ -167,7 +168,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    end_gently()
     load = QUICK if options.quick else Load()
     if options.streams:
         load = Load(**asdict(load) | {"streams": options.streams})
@@ -190,4 +190,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

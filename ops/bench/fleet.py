@@ -224,13 +224,18 @@ def _shares(total: int, parts: int) -> list[int]:
     return [total // parts + (place < total % parts) for place in range(parts)]
 
 
-def end_gently() -> None:
-    """Let a SIGTERM end the program as a Ctrl-C does: with its `finally` blocks."""
+def run(main: Callable[[], int]) -> int:
+    """A program's exit code; a SIGTERM ends it as a Ctrl-C does, with its `finally` blocks: then it is 130."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, end)
+    try:
+        return main()
+    except KeyboardInterrupt:
+        say_progress("broken off")
+        return 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -244,7 +249,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=10, help="how long to listen (%(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     options = parser.parse_args(arguments)
-    end_gently()
     target = Target(options.host, options.port, options.path, modulo=options.modulo)
     with Fleet(math.ceil(options.streams / PER_PROCESS)) as fleet:
         begun = time.monotonic()
@@ -260,4 +264,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -20,6 +20,7 @@ from servers import HOST, Server
 from swarm import Target
 
 SETTLE_SECONDS = 2.0
+TELL_SECONDS = 3.0
 IDLE_SECONDS = 2.0
 EVENT_SECONDS = 60.0  # an event that has not come by then is lost
 PAUSE_SECONDS = 0.02  # between an event's last delivery and the next event
@@ -79,10 +80,21 @@ class Rig:
         return probe.cpu_seconds(self.pids)
 
     def open(self, count: int, topic: str = TOPIC) -> Seen:
-        seen = self.fleet.open(count, self.target(topic), progress=lambda n: self.progress(f"{n} of {count} streams"))
+        seen = self.fleet.open(count, self.target(topic), progress=self._tell(count))
         if seen.open < count:
             raise MeasureError(f"only {seen.open} of {count} streams opened")
         return seen
+
+    def _tell(self, count: int) -> Callable[[int], None]:
+        told = time.monotonic()
+
+        def tell(done: int) -> None:
+            nonlocal told
+            if time.monotonic() - told >= TELL_SECONDS:
+                told = time.monotonic()
+                self.progress(f"{done} of {count} streams")
+
+        return tell
 
     def warm(self, count: int) -> None:
         """Open some streams and close them again: what is allocated once is allocated."""

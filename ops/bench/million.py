@@ -25,7 +25,8 @@ from typing import Any
 import kernel
 import probe
 import report
-from fleet import Fleet, FleetError, Seen, end_gently, say_progress
+from fleet import Fleet, FleetError, Seen, say_progress
+from fleet import run as run_program
 from publisher import Publisher, PublishError, mark, pace
 from servers import HOST, ROOT, Pushsvc, ServerError, running
 from swarm import Target
@@ -209,7 +210,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         "from a million streams on; else nowhere)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of text")
     options = parser.parse_args(arguments)
-    end_gently()
     if options.docs is None and options.streams >= MILLION:
         options.docs = ROOT / "docs"
     try:
@@ -229,4 +229,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

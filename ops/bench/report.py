@@ -83,11 +83,11 @@ def _ratio(results: Results, name: str, other: str) -> float | None:
 def text(results: Results) -> str:
     """All of it for a terminal."""
     load = results["load"]
-    parts = [f"{load['streams']} streams on one topic, one 100-byte event at a time", plain(_table(results, ONE_TOPIC)),
-             f"flat out, {load['flat_streams']} streams on one topic", plain(_table(results, FLAT_OUT)),
-             "pushsvc", "\n".join(_ours(results)), "targets", plain(_target_rows(results)), "versions",
-             "\n".join(_versions(results))]
-    return "\n" + "\n\n".join(parts)
+    parts = [(f"{load['streams']:,} streams on one topic, one 100-byte event at a time", _table(results, ONE_TOPIC)),
+             (f"flat out, {load['flat_streams']:,} streams on one topic", _table(results, FLAT_OUT)),
+             ("targets", _target_rows(results))]
+    tables = [f"{title}\n\n{plain(rows)}" for title, rows in parts if len(rows) > 1]
+    return "\n\n".join(["", *tables, *_ours(results), "\n".join(_versions(results))])
 
 
 def _table(results: Results, columns: Sequence[Column]) -> list[list[str]]:

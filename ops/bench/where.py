@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fleet import Fleet, FleetError, end_gently, say_progress
+from fleet import Fleet, FleetError, run, say_progress
 from measures import PACERS, TOPIC, Cores, Load, MeasureError, Rig, event_of, one_by_one, rigged
 from publisher import PublishError, pace
 from servers import APPS, Pushsvc, ServerError
@@ -93,7 +93,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=30, help="of each table (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="the samples as JSON instead of text")
     options = parser.parse_args(arguments)
-    end_gently()
     load, cores, found = Load(streams=options.streams), Cores.apart(), dict[str, Any]()
     try:
         with rigged(Pushsvc(configuration=APPS / "profiled.conf.py"), cores, load.streams, say_progress) as rig:
@@ -113,4 +112,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))
