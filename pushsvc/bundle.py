@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pushsvc import sse
-from pushsvc.event import Event
+from pushsvc.event import KEEP_ALL, Event
 from pushsvc.mailbox import Letter, replaces
+from pushsvc.position import Position
 
 
 class Wire:
@@ -36,6 +37,17 @@ class Wire:
     def _letter(self, frame: bytes) -> Letter:
         event = self.event
         return Letter(event.seq, frame, event.keep, replaces(event.topics, event.key, event.keep))
+
+
+class GapWire(Wire):
+    """A gap that streams are told as they go on: at `position`, which no event has. The same in both wire forms."""
+
+    def __init__(self, since: Position, position: Position, reason: str, now: float) -> None:
+        super().__init__(Event(position.seq, now, (), "gap", "", KEEP_ALL, "", None), position.epoch)
+        self._plain = self._letter(sse.gap(str(since), str(position), reason, str(position)))
+
+    def letter_for(self, topics: Sequence[str]) -> Letter:
+        return self.letter()
 
 
 class Payload:

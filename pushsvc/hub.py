@@ -19,7 +19,7 @@ import gevent
 from gevent.event import Event as Signal
 
 from pushsvc.brokers.base import Broker
-from pushsvc.bundle import Bundle, Payload, Wire
+from pushsvc.bundle import Bundle, GapWire, Payload, Wire
 from pushsvc.crowd import Crowd, joined, left
 from pushsvc.event import Event
 from pushsvc.mailbox import Mailbox
@@ -38,6 +38,7 @@ YIELD_SECONDS = 0.00001  # a timer, not sleep(0): the loop polls its sockets in 
 
 GONE, SLOW, ROTATE, EXPIRED, DRAIN, LOST, UNAVAILABLE = (
     "gone", "slow", "rotate", "expired", "drain", "lost", "unavailable")
+TRIMMED, EPOCH = "trimmed", "epoch"  # why a gap is told
 logger = logging.getLogger(__name__)
 
 
@@ -172,8 +173,12 @@ class Hub:
 
     # -- from the broker
 
-    def reset(self, position: Position) -> None:
-        """What follows does not join what came before: all streams end and resume by id, and are told the gap."""
+    def reset(self, position: Position, since: Position | None = None) -> None:
+        """What follows does not join what came before: all streams end and resume by id, or are told the gap and go on
+        (see brokers.base.Reset). Atomic: no switch."""
+        if since is not None:
+            self._tell_gap(since, position)
+            return
         if self.epoch:
             logger.warning("log interrupted", extra={"position": str(position), "streams": len(self)})
             self.evict(self._subscriptions, LOST)
@@ -181,6 +186,16 @@ class Hub:
             for group in groups.values():
                 group.pending = None
         self.epoch = position.epoch
+
+    def _tell_gap(self, since: Position, position: Position) -> None:
+        logger.warning("gap", extra={"since": str(since), "position": str(position), "streams": len(self)})
+        reason = TRIMMED if since.epoch == position.epoch else EPOCH
+        self.epoch = position.epoch
+        wire, root = GapWire(since, position, reason, self.wall()), Bundle()
+        for groups in self._groups:
+            for group in groups.values():
+                self._note(group, root, wire)
+        self._pending.set()
 
     def deliver(self, events: Sequence[Event]) -> None:
         """Note for every group what is pending, and wake the fan-out. Atomic: no switch."""

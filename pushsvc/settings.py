@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 from pushsvc.errors import SettingsError
 
 PREFIX = "PUSHSVC_"
+REDIS = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis-sentinel", "rediss-sentinel",
+         "sentinel", "valkey", "valkeys")  # schemes of addresses of Redis
 
 
 def setting(default: Any, why: str, *, unit: str = "", least: float = 0, most: float = float("inf"),
@@ -34,8 +36,12 @@ class Settings:
     backlog: int = setting(4096, "Connections that wait to be accepted, per worker; the kernel allows `somaxconn`.",
                            unit="connections", least=1)
     keepalive_seconds: int = setting(5, "How long an idle connection of a publisher is kept.", unit="s", least=1)
-    broker_url: str = setting("sqlite:var/pushsvc.db", "The log: `sqlite:PATH` (all workers of one machine share it) or "
+    broker_url: str = setting("sqlite:var/pushsvc.db", "The log: `sqlite:PATH` (all workers of one machine share it), "
+                              "`redis://HOST:PORT/DB` (several machines; also `rediss:`, `unix:`, `redis+sentinel:`) or "
                               "`memory:` (one process, lost with it).")
+    redis_prefix: str = setting("pushsvc:", "What all keys and channels in Redis begin with; one per deployment.")
+    redis_replicas: int = setting(0, "Replicas of Redis that must have an event before it is acknowledged.",
+                                  unit="replicas", most=100)
     sync: str = setting("normal", "`normal` survives the death of every process; `full` also a power loss, at one disk "
                         "sync per group of publishes.", choices=("normal", "full"))
     poll_seconds: float = setting(1.0, "How long an event waits for a reader whose doorbell was lost.", unit="s",
@@ -45,7 +51,8 @@ class Settings:
     history_events: int = setting(10_000, "Newest events that each topic keeps in history.", unit="events per topic",
                                   least=1)
     history_seconds: float = setting(86_400.0, "Age at which an event leaves history.", unit="s", least=1)
-    history_bytes: int = setting(1 << 30, "Size of the whole log at which its oldest events leave.", unit="bytes",
+    history_bytes: int = setting(1 << 30, "Size of the whole log at which its oldest events leave. (Redis has a bound of "
+                               "its own, `maxmemory`; a full one refuses to publish.)", unit="bytes",
                                  least=1 << 20)
     idempotency_seconds: float = setting(86_400.0, "How long an Idempotency-Key is remembered.", unit="s", least=1)
     max_body_bytes: int = setting(1 << 20, "Largest body of a publish; more is 413.", unit="bytes", least=1024)
@@ -86,8 +93,10 @@ class Settings:
         if self.drain_seconds >= self.graceful_seconds:
             raise SettingsError(f"{PREFIX}DRAIN_SECONDS is not shorter than {PREFIX}GRACEFUL_SECONDS")
         scheme, _, rest = self.broker_url.partition(":")
-        if scheme not in ("sqlite", "memory") or (scheme == "memory" and rest):
-            raise SettingsError(f"{PREFIX}BROKER_URL is sqlite:PATH or memory:, not {self.broker_url!r}")
+        if scheme not in ("sqlite", "memory", *REDIS) or (scheme == "memory" and rest):
+            raise SettingsError(f"{PREFIX}BROKER_URL is sqlite:PATH, redis://HOST or memory:, not {scheme!r}")
+        if not self.redis_prefix or not self.redis_prefix.isprintable():
+            raise SettingsError(f"{PREFIX}REDIS_PREFIX is empty, or has a control character")
         for origin in self.origins:
             _check_origin(origin)
 

@@ -18,7 +18,6 @@ from pushsvc.position import EARLIEST, Position, parse_position
 from pushsvc.subscription import State, Subscription
 
 PAGE_EVENTS = 500
-TRIMMED, EPOCH = "trimmed", "epoch"
 
 
 class Stream:
@@ -84,6 +83,9 @@ class Stream:
             page = self.broker.history(topics, subscription.cursor, PAGE_EVENTS)
             if subscription.state is not State.OPENING:  # closed meanwhile: the log may be another by now
                 return False
+            if self.hub.epoch != epoch:  # and the page may be one of the next epoch, behind the gap
+                self.hub.close(subscription, hubs.LOST, self.hub.settings.retry_ms)
+                return False
             known = page.missing if known is None else known
             if gap or page.missing > known:
                 yield self._gap(page, epoch, gap)
@@ -102,8 +104,10 @@ class Stream:
         if self.asked == EARLIEST:
             return 0, ""
         position = parse_position(self.asked)
-        if position is None or position.epoch != head.epoch:
+        if position is None or (position.epoch != head.epoch and not self.broker.precedes(position.epoch)):
             return 0, self.asked
+        if position.epoch != head.epoch:  # the numbers went on, but the end of that epoch may be lost
+            return min(position.seq, head.seq), self.asked
         if position.seq > head.seq:  # the log has lost its end: go on where it stands now
             return head.seq, self.asked
         return position.seq, ""
@@ -114,7 +118,7 @@ class Stream:
         goes_on = min(missing, page.events[0].seq - 1) if page.events else missing
         self.subscription.cursor = goes_on
         return sse.gap(asked or str(Position(epoch, after)), str(Position(epoch, missing)),
-                       EPOCH if asked else TRIMMED, str(Position(epoch, goes_on)))
+                       hubs.EPOCH if asked else hubs.TRIMMED, str(Position(epoch, goes_on)))
 
     def _frames(self, page: Page, epoch: str) -> bytes:
         group = self.subscription.group

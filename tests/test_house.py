@@ -11,10 +11,10 @@ from tests.support.server import ROOT
 PACKAGE = "pushsvc"
 
 FLOORS = [
-    {"errors", "settings", "position", "event", "sse", "bind", "wheel", "crowd"},
-    {"mailbox", "auth", "metrics", "log", "presence"},
+    {"errors", "settings", "position", "event", "draft", "sse", "bind", "wheel", "crowd"},
+    {"mailbox", "auth", "metrics", "log", "presence", "recorder"},
     {"brokers.*"},
-    {"bundle", "subscription", "hub"},
+    {"bundle", "subscription", "hub", "publisher"},
     {"stream", "worker", "parking", "express"},
     {"views.*"},
 ]

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""A fleet: several swarm processes as one client. 15,000 streams per process, each process from a source address of its
-own (127.0.0.2, 127.0.0.3, ...), because a source address has only about 28,000 ports.
+"""A fleet: several swarm processes as one client. 15,000 streams per process, each process from three source addresses
+of its own (127.0.1.2, 127.0.2.2, 127.0.3.2, ...): one has about 28,000 ports, of which the kernel tries one half first,
+and the fuller that half is, the longer it looks for a free one.
 
 As a program it opens streams to any server of event streams on this machine, says what arrives, and ends.
 Exit codes: 0 all streams opened and stayed, 1 not.
@@ -27,6 +28,7 @@ from typing import Any
 import probe
 from swarm import BUCKETS_PER_E, Target
 
+SOURCES = 3  # addresses of one process
 PER_PROCESS = 15_000
 ANSWER_SECONDS = 60.0
 OPEN_SECONDS = 900.0
@@ -217,7 +219,7 @@ def _start(cores: Iterable[int] | None) -> subprocess.Popen[bytes]:
 def _source(target: Target, place: int) -> str:
     if target.source or not target.host.startswith("127."):
         return target.source
-    return f"127.0.{place // 250}.{place % 250 + 2}"
+    return ",".join(f"127.{place // 250}.{turn}.{place % 250 + 2}" for turn in range(1, SOURCES + 1))
 
 
 def _shares(total: int, parts: int) -> list[int]:

@@ -67,7 +67,8 @@ class Stats:
 @dataclass(frozen=True, slots=True)
 class Target:
     """Where stream k goes: `{}` in the path is k, or k modulo `modulo` if that is given. again: a stream that fails or
-    is ended by the server is opened again."""
+    is ended by the server is opened again. source: where from, several addresses separated by commas: they take turns.
+    """
 
     host: str
     port: int
@@ -93,6 +94,7 @@ class Swarm:
         self.opening = 0
         self.commanded = False
         self._target = Target("", 0, "")
+        self._sources: list[str] = []
         self._state = bytearray(most)
         self._number = array("i", [0]) * most
         self._last = array("q", [UNKNOWN]) * most  # of series 0
@@ -112,6 +114,7 @@ class Swarm:
         """Open `count` streams, as fast as they are answered or `rate` a second; return when each is open or has failed.
         A stream counts as open when its response head has come."""
         self._target = target
+        self._sources = target.source.split(",") if target.source else []
         begun = told = time.monotonic()
         due, failed = deque(range(first, first + count)), self.stats.failed
         while due or self.opening or self._again:
@@ -130,9 +133,9 @@ class Swarm:
         target = self._target
         connection = socket.socket()
         connection.setblocking(False)
-        if target.source:
+        if self._sources:
             connection.setsockopt(socket.IPPROTO_IP, BIND_ADDRESS_NO_PORT, 1)
-            connection.bind((target.source, 0))
+            connection.bind((self._sources[number % len(self._sources)], 0))
         code = connection.connect_ex((target.host, target.port))
         fd = connection.detach()
         self._number[fd] = number

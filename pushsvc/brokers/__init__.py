@@ -7,15 +7,19 @@ from pushsvc.settings import Settings
 
 
 def open_broker(settings: Settings) -> Broker:
-    """The broker that `settings.broker_url` names, not started."""
+    """The broker that `settings.broker_url` names, not started. Raises SettingsError for an address that is none."""
     scheme, _, rest = settings.broker_url.partition(":")
     if scheme == "memory":
         from pushsvc.brokers.memory import MemoryBroker
 
         return MemoryBroker(settings)
-    from pushsvc.brokers.sqlite import SqliteBroker
+    if scheme == "sqlite":
+        from pushsvc.brokers.sqlite import SqliteBroker
 
-    return SqliteBroker(rest, settings)
+        return SqliteBroker(rest, settings)
+    from pushsvc.brokers.redis import RedisBroker
+
+    return RedisBroker(settings)
 
 
 def end_life(settings: Settings) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from pushsvc.event import Draft, Event
 from pushsvc.position import Position
@@ -17,7 +17,14 @@ CLOSED = "the broker is closed"
 PAGE_BYTES = 1 << 20  # the data of one page of history, or of one stretch handed over; one event at least
 MOST_MARKS = 100_000  # topics whose losses are remembered one by one; the rest share one mark
 Deliver = Callable[[Sequence[Event]], None]
-Reset = Callable[[Position], None]
+
+
+class Reset(Protocol):
+    """`since`: None when nothing is known of what follows: streams end and resume by id. Else the position after which
+    events may be lost; what follows is all that the log holds after `position`, which no event has: streams go on, and
+    are told the gap."""
+
+    def __call__(self, position: Position, since: Position | None = None) -> None: ...
 
 
 class Page(NamedTuple):
@@ -53,7 +60,8 @@ class Broker(ABC):
     def start(self, deliver: Deliver, reset: Reset) -> None:
         """Begin to hand over. `reset(position)`: first, and whenever what follows does not join what came before:
         another epoch, or events that were lost to this reader. Then `deliver(events)`: every event after that
-        position, once, in order, whatever its `keep`. Both are called in a greenlet and do not switch."""
+        position of the topics that are watched (of others too, if that is cheaper), once, in order, whatever its
+        `keep`. Both are called in a greenlet and do not switch."""
 
     @abstractmethod
     def append(self, drafts: Sequence[Draft], key: str | None = None) -> list[Position]:
@@ -79,12 +87,17 @@ class Broker(ABC):
         """Finish what was accepted, give everything back. Idempotent. Switches."""
 
     def watch(self, topics: Sequence[str]) -> None:
-        """This process has streams for `topics` from now on. Brokers that hand over everything ignore it."""
+        """This process has streams for `topics` from now on. Brokers that hand over everything ignore it. What is
+        published after the next `head()` or `history()` has begun is handed over. Atomic: no switch."""
         return
 
     def unwatch(self, topics: Sequence[str]) -> None:
-        """This process has no more streams for `topics`."""
+        """This process has no more streams for `topics`. Atomic: no switch."""
         return
+
+    def precedes(self, epoch: str) -> bool:
+        """Whether the log went through `epoch` before the present one, and its numbers went on. Atomic: no switch."""
+        return False
 
     def depths(self) -> dict[str, int]:
         """How much waits in each of the broker's queues, for the metrics. Atomic: no switch."""

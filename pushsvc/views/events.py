@@ -14,12 +14,13 @@ from flask import Blueprint, Response, request
 from pushsvc import sse
 from pushsvc.auth import COOKIE, QUERY, Access
 from pushsvc.brokers.base import Broker
+from pushsvc.draft import check_names
 from pushsvc.errors import BadRequest
 from pushsvc.event import check_name
 from pushsvc.hub import Hub
 from pushsvc.position import EARLIEST, parse_position
 from pushsvc.stream import Stream, refusal
-from pushsvc.views.query import check_names, parse_pairs, single
+from pushsvc.views.query import parse_pairs, single
 
 LAST_ID = ("last_event_id", "lastEventID", "lastEventId")
 FIELDS = frozenset({"topic", "envelope", QUERY, *LAST_ID})

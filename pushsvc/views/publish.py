@@ -11,14 +11,14 @@ from flask import Blueprint, Response, request
 
 from pushsvc.auth import COOKIE, QUERY, Access, Grant
 from pushsvc.brokers.base import Broker
+from pushsvc.draft import FIELDS, check_names, draft_of
 from pushsvc.errors import BadRequest, BrokerUnavailable, PayloadTooLarge, PushError, UnsupportedMediaType
-from pushsvc.event import DEFAULT_TYPE, KEEP_ALL, Draft, check_name
+from pushsvc.event import Draft, check_name
 from pushsvc.hub import Hub
 from pushsvc.views.problems import refuse_foreign_pages
-from pushsvc.views.query import check_names, parse_pairs, single
+from pushsvc.views.query import parse_pairs, single
 
 FORM, JSON, NDJSON = "application/x-www-form-urlencoded", "application/json", "application/x-ndjson"
-FIELDS = frozenset({"topic", "topics", "data", "event", "keep", "key", "retry"})
 HEARD_BYTES = 16 << 20  # of a body that is refused
 
 
@@ -136,16 +136,14 @@ def _form(body: bytes) -> Draft:
         if not (retry.isascii() and retry.isdigit() and len(retry) < 10):
             raise BadRequest("retry is a whole number of milliseconds")
         fields["retry"] = int(retry)
-    return _draft(fields)
+    return draft_of(fields)
 
 
 def _json(body: bytes) -> Draft:
     fields = _parse(body)
     if type(fields) is not dict:
         raise BadRequest("the body is a JSON object")
-    if not fields.keys() <= FIELDS:
-        check_names(fields, FIELDS, "the event")
-    return _draft(fields)
+    return draft_of(fields)
 
 
 def _lines(body: bytes, most: int) -> list[Draft]:
@@ -185,40 +183,3 @@ def _constant(name: str) -> None:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
-
-
-def _draft(fields: dict[str, Any]) -> Draft:
-    """The draft that checked names give. Raises BadRequest for values of the wrong kind; Draft checks the rest."""
-    if "data" not in fields:
-        raise BadRequest("data is missing")
-    data = fields["data"]
-    retry = fields.get("retry")
-    if retry is not None and type(retry) is not int:
-        raise BadRequest("retry is a whole number of milliseconds")
-    return Draft(_topics(fields), data if type(data) is str else _serialised(data),
-                 _text(fields, "event", DEFAULT_TYPE), _text(fields, "keep", KEEP_ALL), _text(fields, "key", ""), retry)
-
-
-def _topics(fields: dict[str, Any]) -> tuple[str, ...]:
-    if ("topic" in fields) == ("topics" in fields):
-        raise BadRequest("give either topic or topics")
-    if "topic" in fields:
-        return (_text(fields, "topic", ""),)
-    topics = fields["topics"]
-    if type(topics) is not list or not all(type(topic) is str for topic in topics):
-        raise BadRequest("topics is a list of strings")
-    return tuple(topics)
-
-
-def _text(fields: dict[str, Any], name: str, default: str) -> str:
-    value = fields.get(name, default)
-    if type(value) is not str:
-        raise BadRequest(f"{name} is a string")
-    return value
-
-
-def _serialised(data: Any) -> str:
-    try:
-        return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    except ValueError:
-        raise BadRequest("data has a number that JSON cannot carry") from None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from urllib.parse import unquote_to_bytes
 
 from pushsvc.errors import BadRequest
@@ -20,14 +19,6 @@ def parse_pairs(text: bytes, where: str) -> list[tuple[str, str]]:
             except UnicodeDecodeError:
                 raise BadRequest(f"{where} is not UTF-8") from None
     return pairs
-
-
-def check_names(names: Iterable[str], known: Collection[str], where: str) -> None:
-    """Raises BadRequest for the first name that is not known, with the nearest that is."""
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name[:100], known, 1, 0.0)
-            raise BadRequest(f"{where} has no field {name[:100]!r}; the nearest is {near[0]!r}")
 
 
 def single(pairs: list[tuple[str, str]], where: str, lists: Collection[str] = ()) -> dict[str, str]:

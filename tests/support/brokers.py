@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from pushsvc.brokers import open_broker
+from pushsvc.errors import BrokerUnavailable
 from pushsvc.event import Event
 from pushsvc.position import Position
 from pushsvc.settings import Settings
+from tests.support.redis import Redis
 from tests.support.wait import eventually
 
 
@@ -27,24 +29,45 @@ def sqlite(directory: Path) -> Iterator[str]:
     yield f"sqlite:{directory / 'log' / 'push.db'}"
 
 
-BROKERS: dict[str, Callable[[Path], AbstractContextManager[str]]] = {"memory": memory, "sqlite": sqlite}
+@contextlib.contextmanager
+def redis(directory: Path) -> Iterator[str]:
+    with Redis(directory / "redis") as server:
+        yield server.url
+
+
+BROKERS: dict[str, Callable[[Path], AbstractContextManager[str]]] = {
+    "memory": memory, "sqlite": sqlite, "redis": redis}
+WATCHED = ("a", "b", "c", "one", "two")
 
 
 class Side:
-    """A started broker and all that it has handed over, as a hub would have got it.
+    """A started broker and all that it has handed over of the topics in WATCHED, as a hub would have got it.
 
     calls: every call in order, a Position for a reset and a list of events for a delivery. events: those of all
-    deliveries. Changes are fields of Settings.
+    deliveries. gaps: of the resets that tell one, since when and where it goes on. Changes are fields of Settings.
     """
 
     def __init__(self, url: str, **changes: Any) -> None:
         self.settings = Settings(broker_url=url, **changes)
         self.broker = open_broker(self.settings)
         self.calls: list[Position | list[Event]] = []
-        self.broker.start(self._deliver, self.calls.append)
+        self.gaps: list[tuple[Position, Position]] = []
+        self.broker.start(self._deliver, self._reset)
+        self.watch(*WATCHED)
 
     def _deliver(self, events: Sequence[Event]) -> None:
         self.calls.append(list(events))
+
+    def _reset(self, position: Position, since: Position | None = None) -> None:
+        self.calls.append(position)
+        if since is not None:
+            self.gaps.append((since, position))
+
+    def watch(self, *topics: str) -> None:
+        """From now on what is published to `topics` is heard, if the broker can be reached at all."""
+        self.broker.watch(topics)
+        with contextlib.suppress(BrokerUnavailable):
+            self.broker.head()
 
     @property
     def events(self) -> list[Event]:

@@ -1,0 +1,153 @@
+-- The log in Redis: its keys, and what every script of it shares. All keys begin with the prefix P (KEYS[1]).
+--
+--   P log      HASH    epoch, seq: the position of the newest event; run: the server's life in which the epoch began;
+--                      start: the sequence that the epoch began after; at: when the newest event was published; events, age, window: what retention and idempotency
+--                      ask (events per topic, ms, s); cut: newest sequence that is too old for history; check: when
+--                      the newest entry of P ages was made; due: when the oldest one is due; swept: how far idle
+--                      topics have been swept; floor: newest sequence whose mark P lost has forgotten
+--   P past     HASH    earlier epoch -> the sequence at which it ended; numbers go on through all epochs
+--   P ages     LIST    "SEQ AT", oldest first: events up to SEQ were published at AT (ms) or before
+--   P last     ZSET    topic -> sequence of the newest event published to it, kept or not
+--   P lost     ZSET    topic -> newest sequence that retention has taken from its history
+--   P t:TOPIC  STREAM  its history: SEQ-0 -> b BODY, or an empty b: the event has several topics and is in P e:SEQ
+--   P k:TOPIC  HASH    key -> sequence of the `latest` event that its history holds
+--   P e:SEQ    HASH    an event of several topics: n: how many histories hold it, t: its topics, b: BODY
+--   P i:KEY    STRING  "EPOCH FIRST COUNT": the answer to an idempotency key; it expires
+--
+-- BODY is "AT KEEP RETRY EVENT KEY DATA", each on a line of its own, DATA being the rest: AT in ms, KEEP empty, l or
+-- n for all, latest and none, EVENT empty for "message". No name has a line feed (a control character).
+--
+-- The channel of a topic is C TOPIC, C being "P DB:": channels are common to all databases of a server. A message is
+-- "EPOCH SEQ PREV FORM", a line feed and its content; PREV is the topic's sequence before, 0 for none that is known.
+-- FORM 1: BODY. FORM n: n topics, each on a line, then BODY. FORM 0: nothing, the event is in P e:SEQ.
+
+local P = KEYS[1]
+local LOG, AGES, LAST, LOST = P .. 'log', P .. 'ages', P .. 'last', P .. 'lost'
+local MARKS = 100000
+local SWEEP = 4
+
+local function text(number)
+  return string.format('%.0f', number)
+end
+
+local function clock()
+  local now = redis.call('TIME')
+  return tonumber(now[1]) * 1000 + math.floor(tonumber(now[2]) / 1000)
+end
+
+local function open_log()
+  local found = redis.call('HMGET', LOG, 'epoch', 'seq', 'at', 'events', 'age', 'window', 'cut', 'check', 'due',
+    'swept', 'floor')
+  if not found[1] then
+    return nil
+  end
+  local log = {epoch = found[1]}
+  for place, name in ipairs({'seq', 'at', 'events', 'age', 'window', 'cut', 'check', 'due', 'swept', 'floor'}) do
+    log[name] = tonumber(found[place + 1] or 0)
+  end
+  return log
+end
+
+-- Events up to log.cut are too old for history.
+local function advance(log, now)
+  local cut = log.cut
+  if log.at + log.age <= now then
+    if log.cut == log.seq then
+      return
+    end
+    log.cut = log.seq
+    redis.call('DEL', AGES)
+    log.due = 0
+  elseif log.due > 0 and log.due <= now then
+    log.due = 0
+    local oldest = redis.call('LINDEX', AGES, 0)
+    while oldest do
+      local seq, at = string.match(oldest, '^(%d+) (%d+)$')
+      if tonumber(at) + log.age > now then
+        log.due = tonumber(at) + log.age
+        break
+      end
+      log.cut = math.max(log.cut, tonumber(seq))
+      redis.call('LPOP', AGES)
+      oldest = redis.call('LINDEX', AGES, 0)
+    end
+  else
+    return
+  end
+  redis.call('HSET', LOG, 'cut', text(log.cut), 'due', text(log.due))
+end
+
+-- What an entry of a topic's history leaves behind when it goes: its share of an event of several topics, and its key.
+local function release(topic, seq, body)
+  local key = P .. 'e:' .. seq
+  local shared = body == ''
+  if shared then
+    body = redis.call('HGET', key, 'b') or ''
+  end
+  local held = string.match(body, '^%d+\nl\n%d*\n[^\n]*\n([^\n]*)\n')
+  if held and redis.call('HGET', P .. 'k:' .. topic, held) == seq then
+    redis.call('HDEL', P .. 'k:' .. topic, held)
+  end
+  if shared and redis.call('HINCRBY', key, 'n', -1) <= 0 then
+    redis.call('DEL', key)
+  end
+end
+
+local function mark_lost(log, topic, seq)
+  redis.call('ZADD', LOST, 'GT', seq, topic)
+  if redis.call('ZCARD', LOST) > MARKS then
+    log.floor = math.max(log.floor, tonumber(redis.call('ZPOPMIN', LOST)[2]))
+    redis.call('HSET', LOG, 'floor', text(log.floor))
+  end
+end
+
+-- Take entries, the oldest ones, out of a topic's history.
+local function trim(log, topic, entries)
+  local last
+  for _, entry in ipairs(entries) do
+    last = string.match(entry[1], '^%d+')
+    release(topic, last, entry[2][2])
+  end
+  redis.call('XTRIM', P .. 't:' .. topic, 'MINID', text(tonumber(last) + 1))
+  mark_lost(log, topic, last)
+end
+
+local function trim_old(log, topic)
+  if log.cut == 0 then
+    return
+  end
+  local history = P .. 't:' .. topic
+  local entries = redis.call('XRANGE', history, '-', text(log.cut), 'COUNT', 200)
+  while #entries > 0 do
+    trim(log, topic, entries)
+    entries = redis.call('XRANGE', history, '-', text(log.cut), 'COUNT', 200)
+  end
+end
+
+local function trim_many(log, topic, length)
+  while length > log.events do
+    local entries = redis.call('XRANGE', P .. 't:' .. topic, '-', '+', 'COUNT', math.min(200, length - log.events))
+    trim(log, topic, entries)
+    length = length - #entries
+  end
+end
+
+-- Topics that nobody has published to since log.cut leave, some at a time.
+local function sweep(log)
+  if log.swept >= log.cut then
+    return
+  end
+  local idle = redis.call('ZRANGE', LAST, 0, SWEEP - 1, 'WITHSCORES')
+  for place = 1, #idle, 2 do
+    if tonumber(idle[place + 1]) > log.cut then
+      break
+    end
+    trim_old(log, idle[place])
+    redis.call('DEL', P .. 't:' .. idle[place], P .. 'k:' .. idle[place])
+    redis.call('ZREM', LAST, idle[place])
+  end
+  local first = redis.call('ZRANGE', LAST, 0, 0, 'WITHSCORES')
+  if not first[1] or tonumber(first[2]) > log.cut then
+    redis.call('HSET', LOG, 'swept', text(log.cut))
+  end
+end

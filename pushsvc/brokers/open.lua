@@ -1,0 +1,39 @@
+-- What every connection does first: take part in the present epoch, or begin the next.
+-- An epoch ends with the life of the server that it began in: a server that was restarted, or that became master, may
+-- have lost the newest events, and their numbers must not be given again.
+-- ARGV: the server's run id; the epoch and the newest sequence that the caller knows of, or empty; what retention and
+-- idempotency ask: events, age, window, or nothing to leave them. Returns EPOCH, SEQ, and the earlier epochs.
+
+local run, known, newest = ARGV[1], ARGV[2], tonumber(ARGV[3]) or 0
+local STRIDE = 1000000 -- more events than can be lost with the end of an epoch
+local DEFAULTS = {events = 10000, age = 86400000, window = 86400}
+
+local state = redis.call('HMGET', LOG, 'epoch', 'seq', 'run', 'start')
+local epoch, seq, start = state[1], tonumber(state[2] or 0), tonumber(state[4] or 0)
+if state[3] ~= run then
+  local began = clock()
+  if epoch then
+    redis.call('HSET', P .. 'past', epoch, text(seq))
+    began = math.max(began, tonumber(epoch, 16) + 1)
+  end
+  if known ~= '' and known ~= epoch then
+    began = math.max(began, tonumber(known, 16) + 1)
+  end
+  if epoch or known ~= '' then
+    seq = math.max(seq, newest) + STRIDE
+  end
+  epoch, start = string.format('%011x', began), seq
+  redis.call('HSET', LOG, 'epoch', epoch, 'seq', text(seq), 'run', run, 'start', text(seq))
+end
+-- The caller's log may be one that this server has lost: then this one follows it if its numbers do.
+if known ~= '' and known ~= epoch and newest < start then
+  redis.call('HSETNX', P .. 'past', known, text(newest))
+end
+for place, name in ipairs({'events', 'age', 'window'}) do
+  if ARGV[3 + place] then
+    redis.call('HSET', LOG, name, ARGV[3 + place])
+  else
+    redis.call('HSETNX', LOG, name, DEFAULTS[name])
+  end
+end
+return {epoch, text(seq), redis.call('HKEYS', P .. 'past')}

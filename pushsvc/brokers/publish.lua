@@ -1,0 +1,100 @@
+-- Appends events, all or none, in one stretch of the order, and tells those who listen.
+-- ARGV: C, the idempotency key or an empty string, then for each event: how many topics, the topics, KEEP, KEY, and
+-- BODY without its first line. Returns "EPOCH FIRST COUNT"; without events it only tries whether it can write.
+
+local C, idempotency = ARGV[1], ARGV[2]
+local INLINE = 32 -- an event of more topics is not sent with each of its messages, but fetched once
+local PASSING = 60 -- seconds for which such an event that no history holds can be fetched
+
+local log = open_log()
+if not log then
+  return redis.error_reply('NOLOG there is no log here')
+end
+if idempotency ~= '' then
+  local answer = redis.call('GET', P .. 'i:' .. idempotency)
+  if answer then
+    return answer
+  end
+end
+if not ARGV[3] then
+  redis.call('HSET', LOG, 'probe', text(clock()))
+  return log.epoch .. ' ' .. text(log.seq + 1) .. ' 0'
+end
+
+local now = clock()
+local first, count, at = log.seq + 1, 0, 3
+while ARGV[at] do
+  count = count + 1
+  at = at + tonumber(ARGV[at]) + 4
+end
+-- The first thing written is one that a full Redis refuses: from then on it lets this script end.
+redis.call('HSET', LOG, 'seq', text(log.seq + count), 'at', text(now))
+if idempotency ~= '' then
+  redis.call('SET', P .. 'i:' .. idempotency, log.epoch .. ' ' .. text(first) .. ' ' .. count, 'EX', log.window)
+end
+advance(log, now)
+if log.check + log.age / 1000 <= now then
+  if log.seq > log.cut then
+    redis.call('RPUSH', AGES, text(log.seq) .. ' ' .. text(log.at))
+    if log.due == 0 then
+      log.due = log.at + log.age
+    end
+  end
+  redis.call('HSET', LOG, 'check', text(now), 'due', text(log.due))
+end
+
+local function hold(topic, seq, keep, key, body)
+  local history = P .. 't:' .. topic
+  if keep == 'l' then
+    local older = redis.call('HGET', P .. 'k:' .. topic, key)
+    if older then
+      local entry = redis.call('XRANGE', history, older, older)[1]
+      if entry then
+        release(topic, older, entry[2][2])
+        redis.call('XDEL', history, entry[1])
+      end
+    end
+    redis.call('HSET', P .. 'k:' .. topic, key, seq)
+  end
+  redis.call('XADD', history, seq .. '-0', 'b', body)
+  trim_old(log, topic)
+  trim_many(log, topic, redis.call('XLEN', history))
+end
+
+local function append(seq, topics, keep, key, rest)
+  local body = text(now) .. '\n' .. rest
+  local head, tail = log.epoch .. ' ' .. seq .. ' ', ' 1\n' .. body
+  local entry = body
+  if #topics > 1 then
+    local names = table.concat(topics, '\n')
+    tail = #topics > INLINE and ' 0\n' or ' ' .. #topics .. '\n' .. names .. '\n' .. body
+    if keep ~= 'n' or #topics > INLINE then
+      redis.call('HSET', P .. 'e:' .. seq, 'n', #topics, 't', names, 'b', body)
+    end
+    if keep == 'n' and #topics > INLINE then
+      redis.call('EXPIRE', P .. 'e:' .. seq, PASSING)
+    end
+    entry = ''
+  end
+  for _, topic in ipairs(topics) do
+    local previous = redis.call('ZSCORE', LAST, topic) or '0'
+    redis.call('ZADD', LAST, seq, topic)
+    if keep ~= 'n' then
+      hold(topic, seq, keep, key, entry)
+    end
+    redis.call('PUBLISH', C .. topic, head .. previous .. tail)
+  end
+end
+
+at = 3
+for number = 0, count - 1 do
+  local many = tonumber(ARGV[at])
+  local topics = {}
+  for place = 1, many do
+    topics[place] = ARGV[at + place]
+  end
+  append(text(first + number), topics, ARGV[at + many + 1], ARGV[at + many + 2], ARGV[at + many + 3])
+  at = at + many + 4
+end
+sweep(log)
+return log.epoch .. ' ' .. text(first) .. ' ' .. count

@@ -1,0 +1,168 @@
+"""The connection over which one process publishes to Redis and reads from it: what is asked at the same time goes out
+in one write and comes back in one read."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import gevent
+from gevent.event import AsyncResult
+from gevent.event import Event as Signal
+
+from pushsvc.brokers.redis_link import Arguments, Link, Refused
+from pushsvc.brokers.trouble import Trouble
+from pushsvc.errors import BrokerUnavailable
+from pushsvc.position import Position
+
+MOST_TOGETHER = 256  # requests of one write
+WRITER = "writer"  # the part, as the service's log names it
+PUBLISH = "publish"
+UNKNOWN = "whether the event is in it is not known"
+
+
+class _Job:
+    """One request. `script`: the script's name, or empty for a command that stands in `arguments` whole."""
+
+    __slots__ = ("script", "arguments", "result")
+
+    def __init__(self, script: str, arguments: Arguments) -> None:
+        self.script = script
+        self.arguments = arguments
+        self.result = AsyncResult()
+
+
+class Line:
+    """`ask` and `head` wait for their answers; one greenlet does all the talking.
+
+    seconds: how long an answer may take. replicas: how many must have a publish before it is answered.
+    known: the newest position that this process knows of. name: of the log, for messages.
+    """
+
+    def __init__(self, link: Link, name: str, seconds: float, replicas: int, known: Callable[[], Position],
+                 trouble: Trouble) -> None:
+        self.link = link
+        self._name = name
+        self._seconds = seconds
+        self._replicas = replicas
+        self._known = known
+        self._trouble = trouble
+        self._jobs: deque[_Job] = deque()
+        self._talking = 0
+        self._wake = Signal()
+        self._head: _Job | None = None
+        self._greenlet: gevent.Greenlet | None = None
+
+    def start(self) -> None:
+        self._greenlet = gevent.spawn(self._work)
+
+    def __len__(self) -> int:
+        return len(self._jobs) + self._talking
+
+    def ask(self, script: str, *arguments: str | int | bytes, seconds: float = 0) -> Any:
+        """What a script answers. Raises BrokerUnavailable. Switches."""
+        return self._answer(self._post(_Job(script, arguments)), seconds)
+
+    def command(self, *arguments: str | int | bytes) -> Any:
+        """What a command answers. Raises BrokerUnavailable. Switches."""
+        return self._answer(self._post(_Job("", arguments)))
+
+    def head(self) -> Position:
+        """The newest position; those who ask at the same time share one answer. Switches."""
+        if self._head is None:
+            self._head = self._post(_Job("", ("HMGET", f"{self.link.prefix}log", "epoch", "seq")))
+        epoch, seq = self._answer(self._head)
+        if epoch is None:
+            self.leave()
+            raise self.unavailable("read", "it is gone")
+        return Position(epoch.decode(), int(seq))
+
+    def leave(self) -> None:
+        """Ask who is master again before the next request. Atomic: no switch."""
+        if not self._talking:
+            self.link.close()
+
+    def close(self) -> None:
+        """Finish what was asked, if that goes in time. Switches."""
+        if self._greenlet is None:
+            return
+        with gevent.Timeout(self._seconds, False):
+            while len(self):
+                gevent.sleep(0.005)
+        self._greenlet.kill()
+        self.link.close()
+
+    def unavailable(self, verb: str, reason: object) -> BrokerUnavailable:
+        return BrokerUnavailable(f"cannot {verb} the log {self._name}: {reason}")
+
+    def _post(self, job: _Job) -> _Job:
+        self._jobs.append(job)
+        self._wake.set()
+        return job
+
+    def _answer(self, job: _Job, seconds: float = 0) -> Any:
+        try:
+            return job.result.get(timeout=seconds or self._seconds)
+        except gevent.Timeout:
+            reason = f"no answer in time: {UNKNOWN}" if job.script == PUBLISH else "no answer in time"
+            raise self.unavailable("reach", reason) from None
+
+    def _work(self) -> None:
+        while True:
+            self._wake.wait()
+            self._wake.clear()
+            while self._jobs:
+                jobs = [self._jobs.popleft() for _ in range(min(len(self._jobs), MOST_TOGETHER))]
+                if self._head in jobs:
+                    self._head = None
+                self._talking = len(jobs)
+                try:
+                    self._talk(jobs)
+                except Exception as error:  # the top of a greenlet: every request must be answered
+                    self._fail(jobs, error)
+                self._talking = 0
+                self._trouble.tell()
+
+    def _talk(self, jobs: list[_Job]) -> None:
+        self._reach()
+        commands = [self.link.script(job.script, *job.arguments) if job.script else job.arguments for job in jobs]
+        publishes = any(job.script == PUBLISH for job in jobs)
+        if self._replicas and publishes:
+            commands.append(("WAIT", self._replicas, round(self._seconds * 500)))
+        try:
+            replies = self.link.exchange(commands)
+        except OSError as error:
+            raise ConnectionError(f"{error}: {UNKNOWN}" if publishes else str(error)) from error
+        have = replies.pop() if len(replies) > len(jobs) else self._replicas
+        trouble: Exception | None = None
+        for job, reply in zip(jobs, replies, strict=True):
+            if isinstance(reply, Refused):
+                trouble = reply
+                job.result.set_exception(self.unavailable("write" if job.script == PUBLISH else "read", reply))
+            elif job.script == PUBLISH and (isinstance(have, Refused) or have < self._replicas):
+                job.result.set_exception(self.unavailable(
+                    "acknowledge in", f"{have} of {self._replicas} replicas have it: it is in the log, but may be lost "
+                    "with its master"))
+            else:
+                job.result.set(reply)
+        if isinstance(trouble, Refused) and trouble.leave:
+            self.link.close()
+        self._trouble.note(WRITER, trouble)
+
+    def _reach(self) -> None:
+        """A connection that still stands, else a new one: what is sent into one that the server has closed meanwhile
+        would be lost for no reason."""
+        try:
+            if self.link.is_open and not self.link.has_more():
+                return
+        except OSError:
+            pass
+        known = self._known()
+        self.link.open(known.epoch, known.seq)
+
+    def _fail(self, jobs: list[_Job], error: Exception) -> None:
+        self._trouble.note(WRITER, error)
+        for job in jobs:
+            if not job.result.ready():
+                job.result.set_exception(self.unavailable("write" if job.script == PUBLISH else "read", error))

@@ -1,0 +1,283 @@
+"""Connections to the Redis that a URL names: plain, with TLS, on a Unix socket, or whichever is master by Sentinel.
+
+Errors of redis-py are translated here, at the one edge: whatever fails is an OSError (the connection is gone) or a
+Refused (the server answered, and the connection is good). Needs no gevent, and works under its patches.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from redis import connection as redis_connection
+from redis.connection import Connection, UnixDomainSocketConnection
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeout
+
+from pushsvc.errors import SettingsError
+from pushsvc.settings import REDIS
+
+CONNECT_SECONDS = 2.0
+SENTINEL_PORT = 26379
+SCRIPTS = ("publish", "history", "open")
+_KEEPALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
+_RUN_ID = re.compile(r"^run_id:(\w+)", re.M)
+_ROLE = re.compile(r"^role:(\w+)", re.M)
+Arguments = Sequence[str | int | bytes]
+_parse_url: Any = redis_connection.parse_url
+
+
+class Refused(Exception):
+    """The server refused a command; the text says why. `leave`: another server is to be asked."""
+
+    def __init__(self, text: str, leave: bool = False) -> None:
+        super().__init__(text)
+        self.leave = leave
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where the log is. url: what redis-py takes, for Sentinel without a host. sentinels: (host, port) of each."""
+
+    url: str
+    db: int
+    sentinels: tuple[tuple[str, int], ...] = ()
+    master: str = ""
+    sentinel_options: tuple[tuple[str, str], ...] = ()
+
+
+def parse_address(url: str) -> Address:
+    """The address that a URL gives. Raises SettingsError for one that cannot be meant.
+
+    redis://[USER:PASSWORD@]HOST[:PORT][/DB], rediss:// with TLS, unix:///PATH; redis+sentinel://[USER:PASSWORD@]HOST
+    [:PORT][,HOST[:PORT]…]/MASTER[/DB], rediss+sentinel:// with TLS to the Redis servers; Sentinel's own
+    credentials as `sentinel_username` and `sentinel_password` in the query. Other parameters are redis-py's.
+    """
+    scheme, mark, rest = url.partition("://")
+    if scheme not in REDIS or not mark or not rest:
+        raise SettingsError(f"{hide(url)!r} is no address of a Redis")
+    scheme = scheme.replace("valkey", "redis")
+    try:
+        if "sentinel" in scheme:
+            return _sentinel_address("rediss" if scheme.startswith("rediss") else "redis", rest)
+        options = _parse_url(f"{scheme}://{rest}")
+        return Address(f"{scheme}://{rest}", int(options.get("db") or 0))
+    except (ValueError, RedisError) as error:
+        raise SettingsError(f"{hide(url)!r} is no address of a Redis: {error}") from None
+
+
+def _sentinel_address(scheme: str, rest: str) -> Address:
+    parts = urlsplit(f"//{rest}")
+    credentials, _, hosts = parts.netloc.rpartition("@")
+    sentinels = tuple(_host(each) for each in hosts.split(","))
+    path = [unquote(each) for each in parts.path.split("/") if each]
+    master = parts.fragment or (path.pop(0) if path else "")
+    if not master or len(path) > 1:
+        raise ValueError("it names no master: redis+sentinel://HOST:PORT,HOST:PORT/MASTER")
+    pairs = parse_qsl(parts.query)
+    own = tuple((name.removeprefix("sentinel_"), value) for name, value in pairs if name.startswith("sentinel_"))
+    query = "&".join(f"{name}={value}" for name, value in pairs if not name.startswith("sentinel_"))
+    db = int(path[0]) if path else 0
+    return Address(f"{scheme}://{credentials + '@' if credentials else ''}host/{db}{'?' + query if query else ''}", db,
+                   sentinels, master, own)
+
+
+def _host(text: str) -> tuple[str, int]:
+    parts = urlsplit(f"//{text}")
+    if not parts.hostname:
+        raise ValueError("a Sentinel has no host")
+    return parts.hostname, parts.port or SENTINEL_PORT
+
+
+def hide(url: str) -> str:
+    """A URL for logs and messages: without its password."""
+    return re.sub(r"(://[^:@/]*):[^@/]*@", r"\1:***@", re.sub(r"(password=)[^&]*", r"\1***", url))
+
+
+class Scripts:
+    """The Lua scripts, with what they share in front. They are known to a server by their digests."""
+
+    def __init__(self) -> None:
+        folder = files("pushsvc.brokers")
+        shared = folder.joinpath("log.lua").read_text()
+        self.texts = {name: f"{shared}\n{folder.joinpath(name + '.lua').read_text()}" for name in SCRIPTS}
+        self.digests: dict[str, str] = {}
+
+
+class Link:
+    """One connection. Not open until `open`; after an OSError it is closed and can be opened again.
+
+    seconds: how long a reply may take. limits: what open.lua is told of retention, or nothing.
+    """
+
+    def __init__(self, address: Address, prefix: str, seconds: float, limits: Arguments = ()) -> None:
+        self.address = address
+        self.prefix = prefix
+        self.channels = f"{prefix}{address.db}:"
+        self.epoch = ""
+        self.past: frozenset[str] = frozenset()
+        self._seconds = seconds
+        self._limits = limits
+        self._scripts = Scripts()
+        self._connection: Any = None
+
+    @property
+    def is_open(self) -> bool:
+        return self._connection is not None
+
+    def open(self, epoch: str = "", newest: int = 0) -> int:
+        """Connect to the master, load the scripts, take part in the present epoch or begin the next; the newest
+        sequence. `epoch`, `newest`: the position that the caller knows. Raises OSError and Refused. Switches."""
+        self.close()
+        try:
+            self._connection = self._connect()
+            info = self.call("INFO", "server").decode() + self.call("INFO", "replication").decode()
+            role, run = _ROLE.search(info), _RUN_ID.search(info)
+            if role is None or role[1] != "master" or run is None:
+                raise Refused("it is not a master", leave=True)
+            for name, text in self._scripts.texts.items():
+                self._scripts.digests[name] = self.call("SCRIPT", "LOAD", text).decode()
+            reply = self.call(*self.script("open", run[1], epoch, newest, *self._limits))
+        except Refused:
+            self.close()
+            raise
+        self.epoch, self.past = reply[0].decode(), frozenset(each.decode() for each in reply[2])
+        return int(reply[1])
+
+    def close(self) -> None:
+        """Idempotent, never raises."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(Exception):
+                connection.disconnect()
+
+    def interrupt(self) -> None:
+        """Break the connection under the greenlet that waits for it: that one gets an OSError. Atomic: no switch."""
+        connection = self._connection
+        if connection is not None and (sock := connection._sock) is not None:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def script(self, name: str, *arguments: str | int | bytes) -> list[str | int | bytes]:
+        """The command that runs a script."""
+        return ["EVALSHA", self._scripts.digests[name], 1, self.prefix, *arguments]
+
+    def call(self, *command: str | int | bytes) -> Any:
+        """Send a command and return its reply. Raises OSError and Refused. Switches."""
+        reply, = self.exchange([command])
+        if isinstance(reply, Refused):
+            raise reply
+        return reply
+
+    def exchange(self, commands: Sequence[Arguments]) -> list[Any]:
+        """Send commands in one go and return their replies, a Refused for each that was refused. Raises OSError: what
+        became of them is not known. Switches."""
+        self.send(commands)
+        return [self._reply() for _ in commands]
+
+    def send(self, commands: Iterable[Arguments]) -> None:
+        """Raises OSError. Switches."""
+        connection = self._given()
+        try:
+            connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+        except (RedisError, OSError) as error:
+            raise self._broken(error) from error
+
+    def receive(self, seconds: float) -> Any:
+        """The next reply or message; None if none comes in time. Raises OSError. Switches."""
+        connection = self._given()
+        try:
+            return connection.read_response(timeout=seconds, disconnect_on_error=False)
+        except RedisTimeout:
+            return None
+        except (RedisError, OSError) as error:
+            raise self._broken(error) from error
+
+    def has_more(self) -> bool:
+        """Whether something has come already. Raises OSError."""
+        try:
+            return bool(self._given().can_read(0))
+        except (RedisError, OSError) as error:
+            raise self._broken(error) from error
+
+    def _reply(self) -> Any:
+        connection = self._given()
+        try:
+            return connection.read_response(disconnect_on_error=False)
+        except (RedisTimeout, RedisConnectionError, OSError) as error:
+            raise self._broken(error) from error
+        except ResponseError as error:
+            leave = isinstance(error, ReadOnlyError | NoScriptError) or str(error).startswith(("NOLOG", "LOADING"))
+            return Refused(str(error), leave)
+        except RedisError as error:
+            raise self._broken(error) from error
+
+    def _given(self) -> Any:
+        connection = self._connection
+        if connection is None:
+            raise ConnectionError("not connected")
+        return connection
+
+    def _broken(self, error: Exception) -> OSError:
+        self.close()
+        return TimeoutError("no answer in time") if isinstance(error, RedisTimeout | TimeoutError) else \
+            ConnectionError(str(error))
+
+    def _connect(self) -> Any:
+        if not self.address.sentinels:
+            return self._connected(_parse_url(self.address.url))
+        options = _parse_url(self.address.url)
+        options["host"], options["port"] = self._master()
+        return self._connected(options)
+
+    def _connected(self, options: dict[str, Any]) -> Any:
+        kind = options.pop("connection_class", Connection)
+        settings: dict[str, Any] = {"protocol": 2, "driver_info": None, "client_name": f"pushsvc-{os.getpid()}",
+                                    "socket_connect_timeout": CONNECT_SECONDS, "socket_timeout": self._seconds}
+        if kind is not UnixDomainSocketConnection:
+            settings |= {"socket_keepalive": True, "socket_keepalive_options": _KEEPALIVE}
+        connection = kind(**settings | options)
+        try:
+            connection.connect()
+        except RedisTimeout as error:
+            raise TimeoutError(str(error)) from error
+        except ResponseError as error:
+            raise Refused(str(error)) from error
+        except RedisError as error:
+            raise ConnectionError(str(error)) from error
+        return connection
+
+    def _master(self) -> tuple[str, int]:
+        """Who is master, by the first Sentinel that knows."""
+        reasons = []
+        for host, port in self.address.sentinels:
+            try:
+                found = self._ask(host, port)
+            except (OSError, Refused) as error:
+                reasons.append(f"{host}:{port}: {error}")
+                continue
+            if found:
+                return found[0].decode(), int(found[1])
+            reasons.append(f"{host}:{port}: knows no master {self.address.master!r}")
+        raise ConnectionError("no Sentinel names a master: " + "; ".join(reasons))
+
+    def _ask(self, host: str, port: int) -> Any:
+        options: dict[str, Any] = {"host": host, "port": port, **dict(self.address.sentinel_options)}
+        connection = self._connected(options | {"client_name": None})
+        try:
+            connection.send_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.address.master)
+            return connection.read_response()
+        except RedisTimeout as error:
+            raise TimeoutError(str(error)) from error
+        except RedisError as error:
+            raise Refused(str(error)) from error
+        finally:
+            connection.disconnect()

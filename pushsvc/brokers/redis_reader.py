@@ -1,0 +1,347 @@
+"""What one process hears from Redis: one connection, subscribed to the channels of the topics that it has streams for.
+
+Redis hands over what is published while one listens, and nothing else. So after every break, and at the first
+connection too, the reader joins: it subscribes, then reads from history what it has not handed over, and only then goes
+on with what has come meanwhile. What is lost for good it tells, by a reset with a `since`.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+import gevent
+from gevent.event import Event as Signal
+
+from pushsvc.brokers.base import PAGE_BYTES, Deliver, Reset
+from pushsvc.brokers.redis_codec import Message, event_of, events_of, message_of, names_of
+from pushsvc.brokers.redis_line import Line
+from pushsvc.brokers.redis_link import Arguments, Link
+from pushsvc.brokers.trouble import Trouble
+from pushsvc.event import Event
+from pushsvc.position import Position
+
+READER = "reader"  # the part, as the service's log names it
+UNWATCH_SECONDS = 30.0  # how long a topic that has lost its last stream is still listened to: clients come back
+PING_SECONDS = 3.0  # of silence, after which the connection is tried; twice without an answer, and it is given up
+RETRY_SECONDS = (0.05, 1.0)  # between two attempts to join: at first, and at most
+GATHER_SECONDS = 0.001  # least time between two hand-overs: what is published faster is handed over together
+PAUSE_SECONDS = 0.0001  # between two full hand-overs, so that the streams are served
+MOST_TOGETHER = 1000  # events of one hand-over, events of one page of a repair, topics of one command
+REPAIR_TOPICS = 500  # of one page of a repair
+UNKNOWN = -1
+
+
+class _Lost(Exception):
+    """Something on a topic did not come: everything after `seq` may be missing."""
+
+    def __init__(self, seq: int, text: str) -> None:
+        super().__init__(text)
+        self.seq = seq
+
+
+class Reader:
+    """`epoch`, `last`: the position of the newest event handed over; `past`: the epochs before that one."""
+
+    def __init__(self, link: Link, line: Line, trouble: Trouble, deliver: Deliver, reset: Reset) -> None:
+        self.epoch = ""
+        self.last = 0
+        self.past: frozenset[str] = frozenset()
+        self._link = link
+        self._line = line
+        self._trouble = trouble
+        self._deliver = deliver
+        self._reset = reset
+        self._topics: dict[str, int] = {}  # watched: the newest sequence known of each, or UNKNOWN
+        self._idle: dict[str, float] = {}  # watched no more: since when
+        self._orders: deque[tuple[str, str]] = deque()
+        self._asked = self._confirmed = 0  # how many orders were given, and how many have come into force
+        self._ordered = Signal()
+        self._changed = Signal()
+        self._live = False
+        self._lost: _Lost | None = None
+        self._greenlets: list[gevent.Greenlet] = []
+
+    def start(self) -> None:
+        self._greenlets = [gevent.spawn(self._run), gevent.spawn(self._give_orders)]
+
+    def close(self) -> None:
+        gevent.killall(self._greenlets)
+        self._link.close()
+
+    @property
+    def orders(self) -> int:
+        """How many orders have not come into force."""
+        return self._asked - self._confirmed
+
+    # -- topics
+
+    def watch(self, topics: Iterable[str]) -> None:
+        """Atomic: no switch."""
+        for topic in topics:
+            self._idle.pop(topic, None)
+            if topic not in self._topics:
+                self._topics[topic] = UNKNOWN
+                self._order("SUBSCRIBE", topic)
+
+    def unwatch(self, topics: Iterable[str]) -> None:
+        """Atomic: no switch."""
+        now = time.monotonic()
+        for topic in topics:
+            self._idle[topic] = now
+
+    def await_watches(self, seconds: float) -> bool:
+        """Wait until what was watched before this call is listened to; False if that does not come about in time.
+        Switches."""
+        target = self._asked
+        with gevent.Timeout(seconds, False):
+            while not (self._live and self._confirmed >= target):
+                self._changed.wait()
+        return self._live and self._confirmed >= target
+
+    def leave(self) -> None:
+        """Join again, perhaps elsewhere. Atomic: no switch."""
+        self._link.interrupt()
+
+    def _order(self, verb: str, topic: str) -> None:
+        self._asked += 1
+        self._orders.append((verb, topic))
+        self._ordered.set()
+
+    def _give_orders(self) -> None:
+        while True:
+            self._ordered.wait(1.0)
+            self._ordered.clear()
+            self._drop_idle()
+            if self._live and self._orders:
+                try:
+                    self._send_orders()
+                except OSError:
+                    continue  # the reader notices it too, and joins anew
+
+    def _drop_idle(self) -> None:
+        due = time.monotonic() - UNWATCH_SECONDS
+        for topic, since in list(self._idle.items()):
+            if since > due:
+                return
+            del self._idle[topic]
+            if self._topics.pop(topic, None) is not None:
+                self._order("UNSUBSCRIBE", topic)
+
+    def _send_orders(self) -> None:
+        orders, asked = list(self._orders), self._asked
+        self._orders.clear()
+        commands: list[Arguments] = []
+        stretch: list[str | int | bytes] = []
+        for verb, topic in orders:
+            if not stretch or stretch[0] != verb or len(stretch) > MOST_TOGETHER:
+                stretch = [verb]
+                commands.append(stretch)
+            stretch.append(self._link.channels + topic)
+        self._link.send([*commands, ("PING", asked)])
+
+    def _signal(self) -> None:
+        changed, self._changed = self._changed, Signal()
+        changed.set()
+
+    # -- the life of the connection
+
+    def _run(self) -> None:
+        pause, most = RETRY_SECONDS
+        while True:
+            try:
+                self._join()
+                pause = RETRY_SECONDS[0]
+                self._trouble.note(READER, None)
+                self._trouble.tell()
+                self._listen()
+            except _Lost as lost:
+                self._lost = lost
+                self._trouble.note(READER, lost)
+            except Exception as error:  # the top of a greenlet: it says so and joins anew
+                self._trouble.note(READER, error)
+            self._live = False
+            self._link.close()
+            self._trouble.tell()
+            gevent.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(pause * 2, most)
+
+    def _join(self) -> None:
+        """From no connection to one that goes on exactly where the last one broke off, or with the gap told. Switches."""
+        known = Position(self.epoch, self.last)
+        newest = self._link.open(*known)
+        epoch = self._link.epoch
+        if self._line.link.epoch != epoch:
+            self._line.leave()
+        asked = self._subscribe_all()
+        early = self._hear_until("joined")
+        if not known.epoch or not self._continues(known):
+            self.epoch, self.last = epoch, newest
+            self.past = self._link.past
+            self._reset(Position(epoch, newest))
+            known, self._lost = Position(epoch, newest), None
+        self._catch_up(known, epoch, early)
+        self._confirmed, self._live = asked, True
+        self._ordered.set()
+        self._signal()
+
+    def _continues(self, known: Position) -> bool:
+        """Whether the numbers of the log that we are connected to go on where ours end."""
+        return self._link.epoch == known.epoch or known.epoch in self._link.past
+
+    def _subscribe_all(self) -> int:
+        asked, topics = self._asked, list(self._topics)
+        self._orders.clear()
+        commands: list[Arguments] = [
+            ["SUBSCRIBE", *(self._link.channels + topic for topic in topics[start : start + MOST_TOGETHER])]
+            for start in range(0, len(topics), MOST_TOGETHER)]
+        self._link.send([*commands, ("PING", "joined") if topics else ("SUBSCRIBE", f"{self._link.channels}\n")])
+        if not topics:  # a connection that never subscribed would answer a PING in another form
+            self._link.send([("PING", "joined")])
+        return asked
+
+    def _hear_until(self, token: str) -> list[tuple[str, Message]]:
+        """All messages that come before the answer to a PING. Switches."""
+        heard: list[tuple[str, Message]] = []
+        while True:
+            item = self._link.receive(2 * PING_SECONDS)
+            if item is None:
+                raise TimeoutError("no answer in time")
+            if item[0] == b"message":
+                heard.append(self._read(item))
+            elif item[0] == b"pong" and item[1] == token.encode():
+                return heard
+
+    def _catch_up(self, known: Position, epoch: str, early: list[tuple[str, Message]]) -> None:
+        since = min(known.seq, self._lost.seq) if self._lost is not None else known.seq
+        gap = epoch != known.epoch or self._lost is not None
+        head = self._burn() if gap else self._head(epoch)
+        early += self._barrier()
+        if self._repair(head, early) > known.seq and not gap:
+            gap, head = True, self._burn()
+            early += self._barrier()
+            self._repair(head, early)
+        if gap:
+            self.epoch, self.past = epoch, self._link.past
+            self._reset(Position(epoch, head), Position(known.epoch, since))
+            self.last = head
+        self._lost = None
+        self._hand_over(self._fresh(early))
+
+    def _barrier(self) -> list[tuple[str, Message]]:
+        """What was published before this call and has not been read yet. Switches."""
+        self._link.send([("PING", "barrier")])
+        return self._hear_until("barrier")
+
+    def _head(self, epoch: str) -> int:
+        head = self._line.head()
+        if head.epoch != epoch:
+            self._line.leave()
+            raise ConnectionError("the log begins a new epoch")
+        return head.seq
+
+    def _burn(self) -> int:
+        """A sequence that no event has."""
+        return int(self._line.command("HINCRBY", f"{self._line.link.prefix}log", "seq", 1))
+
+    def _repair(self, head: int, early: Sequence[tuple[str, Message]]) -> int:
+        """Hand over what lies between the last event and `head`, page by page; the newest sequence that retention has
+        taken from it. Switches."""
+        changed = self._changed_topics(head)
+        missing = 0
+        while self.last < head:
+            found = {message.seq: message.event for topic, message in early
+                     if message.event is not None and self.last < message.seq <= head and topic in self._topics}
+            upto = head
+            for start in range(0, len(changed), REPAIR_TOPICS):
+                page = changed[start : start + REPAIR_TOPICS]
+                reply = self._line.ask("history", self.last, upto, MOST_TOGETHER, PAGE_BYTES, *page)
+                events = list(events_of(reply[3:]))
+                found |= {event.seq: event for event in events}
+                missing = max(missing, int(reply[1]))
+                if reply[2]:
+                    upto = events[-1].seq
+            ready = [found[seq] for seq in sorted(found) if seq <= upto]
+            if ready:
+                self._deliver(ready)
+            self.last = upto
+            gevent.sleep(PAUSE_SECONDS)
+        return missing
+
+    def _changed_topics(self, head: int) -> list[str]:
+        """The watched topics that had an event since the last one handed over; their newest sequences are noted."""
+        reply = self._line.command("ZRANGE", f"{self._line.link.prefix}last", f"({self.last}", "+inf", "BYSCORE",
+                                   "WITHSCORES")
+        topics = []
+        for place in range(0, len(reply), 2):
+            topic, seq = reply[place].decode(), int(reply[place + 1])
+            if topic in self._topics:
+                topics.append(topic)
+                self._topics[topic] = seq if seq <= head else UNKNOWN
+        return topics
+
+    # -- live
+
+    def _listen(self) -> None:
+        silent, handed_at = 0, 0.0
+        while True:
+            item = self._link.receive(PING_SECONDS)
+            if item is None:
+                if (silent := silent + 1) > 2:
+                    raise TimeoutError("the connection is silent")
+                self._link.send([("PING", "")])
+                continue
+            silent = 0
+            messages: list[tuple[str, Message]] = []
+            while True:
+                self._take(item, messages)
+                if len(messages) >= MOST_TOGETHER or not self._link.has_more():
+                    break
+                item = self._link.receive(PING_SECONDS)
+            self._hand_over(self._fresh(messages))
+            early = handed_at + GATHER_SECONDS - time.monotonic()
+            if early > 0 or len(messages) >= MOST_TOGETHER:
+                gevent.sleep(max(early, PAUSE_SECONDS))
+            handed_at = time.monotonic()
+
+    def _take(self, item: Sequence[bytes], messages: list[tuple[str, Message]]) -> None:
+        if item[0] == b"message":
+            messages.append(self._read(item))
+        elif item[0] == b"pong" and item[1].isdigit():
+            self._confirmed = max(self._confirmed, int(item[1]))
+            self._signal()
+
+    def _read(self, item: Sequence[bytes]) -> tuple[str, Message]:
+        topic = item[1][len(self._link.channels.encode()) :].decode()
+        return topic, message_of(topic, item[2])
+
+    def _fresh(self, messages: Iterable[tuple[str, Message]]) -> list[Event]:
+        """The events among `messages` that were not handed over, each once. Raises _Lost if one is missing before
+        them. Switches only to fetch."""
+        events: list[Event] = []
+        for topic, (epoch, seq, previous, event) in messages:
+            known = self._topics.get(topic)
+            if known is None or seq <= known:
+                continue
+            if epoch != self.epoch:
+                raise ConnectionError("the log has begun a new epoch")
+            if known != UNKNOWN and previous not in (known, 0):
+                self._hand_over(events)
+                raise _Lost(known, f"what came before {seq} on {topic!r} did not arrive")
+            if seq > self.last:
+                events.append(event or self._fetch(seq))
+                self.last = seq
+            self._topics[topic] = seq
+        return events
+
+    def _fetch(self, seq: int) -> Event:
+        names, body = self._line.command("HMGET", f"{self._line.link.prefix}e:{seq}", "t", "b")
+        if body is None:
+            raise _Lost(seq - 1, f"the event {seq} is gone")
+        return event_of(seq, names_of(names), body)
+
+    def _hand_over(self, events: list[Event]) -> None:
+        if events:
+            self._deliver(events)

@@ -1,0 +1,123 @@
+"""Publishing from any Python process (Django, Celery, a script), without HTTP and without gevent: straight into Redis.
+
+    with Publisher("redis://127.0.0.1/0") as publisher:
+        publisher.publish("room-7", "Hello")
+        publisher.publish_batch([{"topic": "room-7", "data": {"n": 1}}, {"topics": ["a", "b"], "data": "x"}])
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from pushsvc.brokers.redis_codec import positions_of, publish_arguments
+from pushsvc.brokers.redis_link import Arguments, Link, Refused, hide, parse_address
+from pushsvc.draft import draft_of
+from pushsvc.errors import BadRequest, BrokerUnavailable
+from pushsvc.event import DEFAULT_TYPE, KEEP_ALL, Draft, check_name
+from pushsvc.position import Position
+from pushsvc.settings import Settings
+
+
+class Publisher:
+    """One connection to the log at `url`, opened when it is first needed and again after it broke. Threads may share
+    it, and a forked process gets one of its own. Retention is what the service has set.
+
+    prefix: as PUSHSVC_REDIS_PREFIX. replicas: as PUSHSVC_REDIS_REPLICAS. timeout: seconds that an answer may take.
+    Raises SettingsError for a URL that is none of Redis.
+    """
+
+    def __init__(self, url: str, *, prefix: str | None = None, replicas: int = 0, timeout: float = 10.0) -> None:
+        default = Settings()
+        self._name = hide(url)
+        self._replicas = replicas
+        self._timeout = timeout
+        self._address = parse_address(url)
+        self._prefix = prefix or default.redis_prefix
+        self._link = self._new_link()
+        self._known = Position("", 0)
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+
+    def publish(self, topic: str | Sequence[str], data: Any, *, event: str = DEFAULT_TYPE, keep: str = KEEP_ALL,
+                key: str = "", retry: int | None = None, idempotency_key: str | None = None) -> str:
+        """Publish one event; its id. `topic`: one, or several. `data`: text, or a JSON value.
+
+        Raises BadRequest, which changes nothing, and BrokerUnavailable: its text says whether it is known that nothing
+        was published. With an `idempotency_key` it is safe to publish again.
+        """
+        fields: dict[str, Any] = {"data": data, "event": event, "keep": keep, "key": key, "retry": retry}
+        fields |= {"topic": topic} if isinstance(topic, str) else {"topics": list(topic)}
+        return self._append([draft_of(fields)], idempotency_key)[0]
+
+    def publish_batch(self, events: Iterable[Mapping[str, Any]], *, idempotency_key: str | None = None) -> list[str]:
+        """Publish events, all or none, in one stretch of the order; their ids. Each is what the HTTP API takes as a
+        JSON object. Raises as `publish`."""
+        drafts = []
+        for number, fields in enumerate(events, 1):
+            try:
+                drafts.append(draft_of(fields))
+            except BadRequest as error:
+                raise BadRequest(f"event {number}: {error.detail}") from None
+        return self._append(drafts, idempotency_key) if drafts else []
+
+    def close(self) -> None:
+        """Idempotent."""
+        with self._lock:
+            self._link.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close()
+
+    def _append(self, drafts: Sequence[Draft], key: str | None) -> list[str]:
+        if key is not None:
+            check_name("idempotency_key", key)
+        with self._lock:
+            try:
+                reply = self._talk(drafts, f"\n{key}" if key is not None else None)
+            except Refused as error:
+                raise BrokerUnavailable(f"cannot write the log {self._name}: {error}") from error
+            except OSError as error:
+                raise BrokerUnavailable(f"cannot reach the log {self._name}: {error}") from error
+            positions = positions_of(reply)
+            self._known = max(self._known, positions[-1])
+        return [str(position) for position in positions]
+
+    def _talk(self, drafts: Sequence[Draft], key: str | None) -> Any:
+        self._reach()
+        link = self._link
+        commands: list[Arguments] = [link.script("publish", *publish_arguments(link.channels, key, drafts))]
+        if self._replicas:
+            commands.append(("WAIT", self._replicas, round(self._timeout * 500)))
+        try:
+            reply, *have = link.exchange(commands)
+        except OSError as error:
+            raise ConnectionError(f"{error}: whether the events are in it is not known") from error
+        if isinstance(reply, Refused):
+            if reply.leave:
+                link.close()
+            raise reply
+        if have and (isinstance(have[0], Refused) or have[0] < self._replicas):
+            raise Refused(f"{have[0]} of {self._replicas} replicas have it: it may be lost with its master")
+        return reply
+
+    def _new_link(self) -> Link:
+        return Link(self._address, self._prefix, self._timeout)
+
+    def _reach(self) -> None:
+        """A connection of this process that still stands, else a new one."""
+        if self._pid != os.getpid():
+            self._pid, self._link = os.getpid(), self._new_link()
+        try:
+            if self._link.is_open and not self._link.has_more():
+                return
+        except OSError:
+            pass
+        self._link.open(*self._known)
