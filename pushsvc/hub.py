@@ -25,6 +25,7 @@ from pushsvc.event import Event
 from pushsvc.mailbox import Mailbox
 from pushsvc.metrics import Metrics
 from pushsvc.position import Position
+from pushsvc.recorder import Recorder
 from pushsvc.settings import Settings
 from pushsvc.subscription import Group, State, Subscription
 from pushsvc.wheel import Wheel
@@ -66,6 +67,7 @@ class Hub:
         self.epoch = ""
         self.draining = False
         self.lot: Lot | None = None  # set by the worker that parks
+        self.recorder: Recorder | None = None  # set where the traffic's shape is recorded
         self.now = clock()
         self._topics: dict[str, Crowd[Group]] = {}
         self._groups: tuple[dict[tuple[str, ...], Group], ...] = ({}, {})  # plain, envelope
@@ -109,6 +111,8 @@ class Hub:
         self._subscriptions.add(subscription)
         self._naming += len(group.topics)
         self.metrics.counts.opened += 1
+        if self.recorder is not None:
+            self.recorder.opened(subscription)
         self._begin(subscription)
 
     def detach(self, subscription: Subscription) -> None:
@@ -119,6 +123,8 @@ class Hub:
         self._subscriptions.discard(subscription)
         group.members = left(group.members, subscription)
         self._naming -= len(group.topics)
+        if self.recorder is not None:
+            self.recorder.closed(subscription)
         if not group.members:
             del self._groups[group.envelope][group.topics]
             for topic in group.topics:
@@ -200,6 +206,8 @@ class Hub:
     def deliver(self, events: Sequence[Event]) -> None:
         """Note for every group what is pending, and wake the fan-out. Atomic: no switch."""
         self.metrics.counts.received += len(events)
+        if self.recorder is not None:
+            self.recorder.delivered(events, self._topics)
         root = Bundle()
         for event in events:
             wire = Wire(event, self.epoch)
@@ -251,9 +259,20 @@ class Hub:
             group = self._small.popleft()
             bundle, group.pending = group.pending, None
             if bundle is not None:
-                self._offer(list(group.members), bundle.payload(group.topics, group.envelope))
+                self._offer(self._with_alike(group, bundle), bundle.payload(group.topics, group.envelope))
                 oldest = min(oldest, bundle.first_at)
         self.metrics.sent(self.wall() - oldest)
+
+    def _with_alike(self, group: Group, bundle: Bundle) -> list[Subscription]:
+        """The members of a small group, and of those behind it that are to have the same bytes, some at a time."""
+        members = list(group.members)
+        while self._small and not group.envelope and len(members) < TURN_STREAMS:
+            other = self._small[0]
+            if other.pending is not bundle or other.envelope:
+                break
+            other.pending = None
+            members += self._small.popleft().members
+        return members
 
     def _serve_a_turn(self) -> None:
         """Serve one turn of the first large group. Atomic: no switch."""
