@@ -7,14 +7,16 @@ import os
 import resource
 from dataclasses import dataclass, replace
 
-from flask import Flask
+from flask import Flask, Response
 
 from pushsvc.auth import Access
 from pushsvc.brokers import open_broker
 from pushsvc.brokers.base import Broker
 from pushsvc.hub import Hub
 from pushsvc.metrics import Metrics
+from pushsvc.recorder import Recorder, open_recorder
 from pushsvc.settings import Settings
+from pushsvc.stream import Stream
 from pushsvc.views import events, problems, publish, status
 
 DESCRIPTORS_KEPT = 64  # for listeners, the log and its threads
@@ -37,6 +39,8 @@ class Service:
         """Give everything back; what was acknowledged is in the log. Idempotent. Switches."""
         self.hub.stop()
         self.broker.close()
+        if self.hub.recorder is not None:
+            self.hub.recorder.close()
 
 
 def create_app(settings: Settings | None = None) -> Flask:
@@ -54,10 +58,23 @@ def create_app(settings: Settings | None = None) -> Flask:
     app.register_blueprint(events.blueprint(hub, broker, access))
     app.register_blueprint(publish.blueprint(hub, broker, access))
     app.register_blueprint(status.blueprint(hub, broker))
+    if recorder := open_recorder(settings):
+        _record(app, hub, recorder)
     app.extensions["pushsvc"] = Service(settings, broker, hub)
     hub.start(broker)
     logger.info("started", extra={"broker": settings.broker_url, "max_streams": settings.max_streams})
     return app
+
+
+def _record(app: Flask, hub: Hub, recorder: Recorder) -> None:
+    """The hub tells the recorder of its streams, and the response which of them resume."""
+    hub.recorder = recorder
+
+    @app.after_request
+    def note_resume(response: Response) -> Response:
+        if isinstance(response.response, Stream) and response.response.asked:
+            recorder.resuming(response.response.subscription)
+        return response
 
 
 def _bounded(settings: Settings) -> Settings:

@@ -84,6 +84,9 @@ class Settings:
     jwt_algorithms: str = setting("", "Accepted algorithms, separated by commas; empty: the one that fits the key.")
     cors_origins: str = setting("", "Origins (`https://app.example`) whose pages may use the service, with credentials; "
                                 "separated by commas.")
+    record_dir: str = setting("", "Where each worker records the shape of its traffic for load tests, without payloads and "
+                              "with hashed names; empty: nowhere.")
+    record_bytes: int = setting(64 << 20, "Size of a worker's recording at which it ends.", unit="bytes", least=4096)
     log_level: str = setting("info", "`debug` adds a line per stream.", choices=("debug", "info", "warning", "error"))
     log_format: str = setting("text", "`text` (key=value) or `json`, one line per entry.", choices=("text", "json"))
 
