@@ -1,0 +1,196 @@
+"""Says which limits of this machine are too small for so many streams, raises them, and puts them back.
+
+  check   (the default) changes nothing
+  apply   raises what is too small: now, and over a restart by one file each for sysctl, logins and the unit
+  revert  puts all back as it was before the first apply
+
+Exit codes: 0 all is enough, or done; 1 something is too small, or was left; 2 wrong usage; 3 it could not be done;
+4 done, and something was changed (only with --exit-code). docs/limits/README.md tells more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import change
+import places
+import system
+from needs import LIMITS, Limit, Need, Target, addresses, workers_for
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from pushsvc.settings import Settings  # the numbers of the service have their home there
+
+ENOUGH, SMALL, LATER, UNUSED, ABSENT = "enough", "small", "later", "unused", "absent"
+OK, TOO_SMALL, USAGE, FAILED, CHANGED = range(5)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One limit, as it is here. have: None where the kernel has none of that name. note: what else there is to say."""
+
+    limit: Limit
+    have: Need | None
+    need: Need
+    state: str
+    note: str
+
+    def as_json(self) -> dict[str, Any]:
+        return {"name": self.limit.name, "unit": self.limit.unit, "have": self.have, "need": self.need,
+                "state": self.state, "note": self.note, "why": self.limit.why, "without": self.limit.without}
+
+
+def look(limit: Limit, target: Target, options: argparse.Namespace) -> Finding:
+    need, have = limit.need(target), system.have(limit.name, options.pid)
+    state, note = _judge(limit, target, have, need, options)
+    return Finding(limit, have, need, state, note)
+
+
+def _judge(limit: Limit, target: Target, have: Need | None, need: Need, options: argparse.Namespace) -> tuple[str, str]:
+    if have is None:
+        return ABSENT, system.why_not(limit.name)
+    if limit.is_enough(have, need):
+        return ENOUGH, ""
+    if "conntrack" in limit.name and not system.tracks_connections():
+        return UNUSED, "no connection is followed here now"
+    if limit.name == system.NOFILE:
+        promised = 0 if options.pid else places.promised(options.root)
+        if promised >= need[0]:
+            return LATER, f"{promised} from the next start of the unit"
+        return SMALL, f"or {workers_for(target, have[0]) or 'no number of'} workers"
+    reason = system.why_not(limit.name) if limit.is_sysctl else "not settable"
+    return SMALL, f"not settable here: {reason}" if reason else ""
+
+
+def check(target: Target, options: argparse.Namespace) -> list[Finding]:
+    return [look(limit, target, options) for limit in LIMITS]
+
+
+def apply(target: Target, options: argparse.Namespace, done: list[str]) -> None:
+    """Raise what is too small. Raises change.ChangeError; `done` has what was done until then."""
+    state = change.State.load(options.root / places.STATE)
+    findings = [found for found in check(target, options) if found.limit.is_sysctl]
+    if options.no_sysctl:
+        state.written = {found.limit.name: list(found.limit.joined(found.have or found.need, found.need))
+                         for found in findings}
+    for found in [] if options.no_sysctl else findings:
+        if found.state == SMALL and found.have is not None and not found.note:
+            value = found.limit.joined(found.have, found.need)
+            change.raise_sysctl(state, found.limit.name, found.have, value, done.append)
+    written = {name: tuple(value) for name, value in state.written.items()}
+    contents = places.contents(target, written, options.root, options.user, Settings().backlog, bool(options.workers))
+    change.put_files(state, options.root, contents, done.append)
+
+
+def revert(options: argparse.Namespace, done: list[str]) -> list[str]:
+    """Put all back; what was left. Raises change.ChangeError; `done` has what was done until then."""
+    state = change.State.load(options.root / places.STATE)
+    return [] if state.is_empty() and not state.path.exists() else change.revert(state, options.force, done.append)
+
+
+def target_of(options: argparse.Namespace) -> Target:
+    return Target(streams=options.streams, workers=options.workers or os.cpu_count() or 1, proxy=not options.no_proxy,
+                  connections=Settings().max_connections, memory_bytes=system.total_memory(),
+                  page_bytes=os.sysconf("SC_PAGE_SIZE"))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python ops/limits", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", nargs="?", choices=("check", "apply", "revert"), default="check")
+    parser.add_argument("--streams", type=_count, default=100_000, help="of all workers together (%(default)s)")
+    parser.add_argument("--workers", type=_count, help="WEB_CONCURRENCY; apply sets it for the unit (one per core)")
+    parser.add_argument("--no-proxy", action="store_true", help="the proxy is on another machine, or there is none")
+    parser.add_argument("--pid", type=_count, help="check the descriptors of this process, not of one started from here")
+    parser.add_argument("--user", default="pushsvc", help="whose logins get the descriptors (%(default)s)")
+    parser.add_argument("--root", type=Path, default=Path("/"), help="where the files go: an image, say (%(default)s)")
+    parser.add_argument("--no-sysctl", action="store_true", help="apply: write the files only, with every setting")
+    parser.add_argument("--force", action="store_true", help="revert: also what somebody has changed since")
+    parser.add_argument("--exit-code", action="store_true", help="exit with 4 if something was changed")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    return parser.parse_args(arguments)
+
+
+def _count(text: str) -> int:
+    number = int(text.replace("_", "").replace(",", ""))
+    if number < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return number
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    options.root = options.root.absolute()
+    target, done, left, error = target_of(options), list[str](), list[str](), ""
+    try:
+        _refuse_without_root(options)
+        if options.action == "apply":
+            apply(target, options, done)
+        elif options.action == "revert":
+            left = revert(options, done)
+        findings = [] if options.action == "revert" else check(target, options)
+    except (change.ChangeError, OSError) as failure:
+        findings, error = [], str(failure)
+    notes = _notes(target, findings, options)
+    if options.json:
+        print(json.dumps({"action": options.action, "streams": target.streams, "workers": target.workers,
+                          "proxy": target.proxy, "limits": [each.as_json() for each in findings], "done": done,
+                          "left": left, "notes": notes, "error": error}, indent=2))
+    else:
+        _print(target, options, findings, done, left, notes)
+    if error:
+        print(f"limits: {error}", file=sys.stderr)
+        if done:
+            print("limits: what was done before can be taken back with revert", file=sys.stderr)
+        return FAILED
+    if left or any(each.state == SMALL for each in findings):
+        return TOO_SMALL
+    return CHANGED if options.exit_code and done else OK
+
+
+def _refuse_without_root(options: argparse.Namespace) -> None:
+    touches_system = options.root == Path("/") or not options.no_sysctl
+    if options.action != "check" and touches_system and os.geteuid() != 0:
+        raise change.ChangeError(f"{options.action} needs root; without it: --root DIRECTORY --no-sysctl")
+
+
+def _notes(target: Target, findings: Sequence[Finding], options: argparse.Namespace) -> list[str]:
+    notes = []
+    if findings and addresses(target) > 1:
+        notes.append(f"one address has not enough ports for so many streams: let the service listen on "
+                     f"{addresses(target)} (PUSHSVC_BIND) and name each in the proxy")
+    if options.action == "apply" and findings:
+        notes.append("systemctl daemon-reload && systemctl restart pushsvc: then the unit has its limits")
+    return notes
+
+
+def _print(target: Target, options: argparse.Namespace, findings: Sequence[Finding], done: Sequence[str],
+           left: Sequence[str], notes: Sequence[str]) -> None:
+    if findings:
+        proxy = "a proxy on this machine" if target.proxy else "no proxy on this machine"
+        print(f"{target.streams:,} streams, {target.workers} workers, {proxy}, "
+              f"{target.memory_bytes / 1e9:.1f} GB of memory\n")
+    for each in findings:
+        have = "-" if each.have is None else system.text(each.have)
+        shown = have if each.state == ENOUGH else f"{have}, needs {system.text(each.need)}"
+        print(f"{each.state:8}{each.limit.name:36}{shown}{f' ({each.note})' if each.note else ''}")
+        if each.state == SMALL:
+            text = f"{each.limit.why} Too small: {each.limit.without}"
+            print(textwrap.fill(text, 100, initial_indent=" " * 8, subsequent_indent=" " * 8))
+    for title, lines in (("changed", done), ("left", left), ("note", notes)):
+        for line in lines:
+            print(f"{title:8}{line}")
+    if options.action != "check" and not done and not left:
+        print("changed nothing")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""Changes that can be taken back: each is noted in the state file before it is made."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import system
+from needs import Need
+
+VERSION = 1
+Say = Callable[[str], None]
+
+
+class ChangeError(Exception):
+    """Something could not be done; the text says what. What was done before is in the state file."""
+
+
+@dataclass(slots=True)
+class State:
+    """What was changed, as it was before and as it was set. path: of the state file. written: what the file of sysctls
+    holds. Saved anew with each change, so that it never knows less than what was done."""
+
+    path: Path
+    sysctls: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    folders: list[str] = field(default_factory=list)
+    written: dict[str, list[int]] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: Path) -> State:
+        """The state of `path`; an empty one where there is none. Raises ChangeError."""
+        try:
+            found = json.loads(path.read_text())
+        except FileNotFoundError:
+            return cls(path)
+        except (OSError, ValueError) as error:
+            raise ChangeError(f"{path} cannot be read: {error}") from error
+        if found.pop("version", None) != VERSION:
+            raise ChangeError(f"{path} is of another version")
+        return cls(path, **found)
+
+    def save(self) -> None:
+        for folder in _missing(self.path.parent):
+            folder.mkdir()
+            self.folders.append(str(folder))
+        names = ("sysctls", "files", "folders", "written")
+        replace(self.path, json.dumps({"version": VERSION} | {name: getattr(self, name) for name in names}).encode())
+
+    def is_empty(self) -> bool:
+        return not (self.sysctls or self.files)
+
+
+def raise_sysctl(state: State, name: str, was: Need, value: Need, say: Say) -> None:
+    """Set a sysctl. Raises ChangeError."""
+    noted = state.sysctls.setdefault(name, {"was": list(was)})
+    noted["set"] = list(value)
+    state.save()
+    try:
+        system.write(name, value)
+    except OSError as error:
+        raise ChangeError(f"{name} cannot be set to {system.text(value)}: {error.strerror}") from error
+    state.written[name] = list(value)
+    say(f"{name}: {system.text(was)} -> {system.text(value)}")
+
+
+def put_files(state: State, root: Path, contents: Mapping[Path, bytes], say: Say) -> int:
+    """Write those that differ; how many. Raises ChangeError, also for one that somebody has edited since."""
+    count = 0
+    for path, content in contents.items():
+        full = root / path
+        now = full.read_bytes() if full.exists() else None
+        if now == content:
+            continue
+        noted = state.files.get(str(full))
+        if noted and now is not None and now not in (_bytes(noted["set"]), _bytes(noted["was"])):
+            raise ChangeError(f"{full} was edited since it was written: take the edit out, or `revert --force`")
+        _put(state, full, content)
+        say(f"{full}: {'written' if now is None else 'written anew'}")
+        count += 1
+    return count
+
+
+def _put(state: State, path: Path, content: bytes) -> None:
+    new = {"was": None} if not path.exists() else {"was": _text(path.read_bytes()), "mode": path.stat().st_mode & 0o7777,
+                                                   "owner": [path.stat().st_uid, path.stat().st_gid]}
+    state.files.setdefault(str(path), new)["set"] = _text(content)
+    folders = _missing(path.parent)
+    state.folders += map(str, folders)
+    state.save()
+    try:
+        for folder in folders:
+            folder.mkdir()
+        replace(path, content)
+    except OSError as error:
+        raise ChangeError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def revert(state: State, force: bool, say: Say) -> list[str]:
+    """Take all back, and the state file too; what is left, because somebody has changed it since. Raises ChangeError."""
+    left = [*_revert_sysctls(state, force, say), *_revert_files(state, force, say)]
+    state.save()
+    if state.is_empty():
+        state.path.unlink()
+        for folder in sorted(state.folders, key=len, reverse=True):
+            with suppress(OSError):  # others have put something into it
+                Path(folder).rmdir()
+    return left
+
+
+def _revert_sysctls(state: State, force: bool, say: Say) -> Iterator[str]:
+    for name, noted in list(state.sysctls.items()):
+        was, now = tuple(noted["was"]), system.have(name)
+        if now not in (was, tuple(noted["set"]), None) and not force:
+            yield f"{name} is {system.text(now or ())}, which is not what was set: left as it is"
+            continue
+        if now not in (was, None):
+            try:
+                system.write(name, was)
+            except OSError as error:
+                raise ChangeError(f"{name} cannot be set back to {system.text(was)}: {error.strerror}") from error
+            say(f"{name}: {system.text(now or ())} -> {system.text(was)}")
+        del state.sysctls[name]
+        state.save()
+
+
+def _revert_files(state: State, force: bool, say: Say) -> Iterator[str]:
+    for name, noted in list(state.files.items()):
+        path, was = Path(name), _bytes(noted["was"])
+        now = path.read_bytes() if path.exists() else None
+        if now not in (was, _bytes(noted["set"])) and not force:
+            yield f"{path} was edited since it was written: left as it is"
+            continue
+        if now != was:
+            _restore(path, was, noted)
+            say(f"{path}: {'removed' if was is None else 'as it was'}")
+        del state.files[name]
+        state.save()
+
+
+def _restore(path: Path, was: bytes | None, noted: dict[str, Any]) -> None:
+    try:
+        if was is None:
+            path.unlink()
+        else:
+            replace(path, was, noted["mode"])
+            os.chown(path, *noted["owner"])
+    except OSError as error:
+        raise ChangeError(f"{path} cannot be put back: {error.strerror}") from error
+
+
+def replace(path: Path, content: bytes, mode: int = 0o644) -> None:
+    """Write a file whole or not at all."""
+    new = path.with_name(f".{path.name}.new")
+    with new.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    new.chmod(mode)
+    new.rename(path)
+
+
+def _missing(folder: Path) -> list[Path]:
+    """The folders that have to be made, outermost first."""
+    missing: list[Path] = []
+    while not folder.exists():
+        missing.insert(0, folder)
+        folder = folder.parent
+    return missing
+
+
+def _text(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def _bytes(text: str | None) -> bytes | None:
+    return None if text is None else base64.b64decode(text)

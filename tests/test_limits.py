@@ -1,0 +1,327 @@
+"""ops/limits: what it computes, and that it leaves a machine as it found it."""
+
+import contextlib
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from tests.support.server import ROOT
+
+LIMITS = ROOT / "ops" / "limits"
+ENOUGH, SMALL, USAGE, FAILED, CHANGED = range(5)
+GIB = 1 << 30
+SEEN = ("net/core/somaxconn", "net/ipv4/tcp_max_syn_backlog", "net/ipv4/ip_local_port_range", "net/ipv4/tcp_rmem",
+        "net/ipv4/tcp_wmem", "net/ipv4/tcp_max_tw_buckets", "fs/file-max", "fs/nr_open")
+LOW = {"net/core/somaxconn": "77", "net/ipv4/ip_local_port_range": "30000\t30100",
+       "net/ipv4/tcp_rmem": "4096\t9000\t9001"}
+STREAMS = "20000"  # of which the settings of the whole machine hold as many: a test must not raise those
+FILES = ["etc/security/limits.d/60-pushsvc.conf", "etc/sysctl.d/60-pushsvc.conf",
+         "etc/systemd/system/pushsvc.service.d/60-limits.conf", "var/lib/pushsvc-limits/state.json"]
+
+
+@pytest.fixture
+def needs(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(LIMITS))
+    return importlib.import_module("needs")
+
+
+class Machine:
+    """A network namespace with low settings of its own, and a tree for the files. `run` runs the tool there."""
+
+    def __init__(self, name: str, root: Path) -> None:
+        self.name = name
+        self.root = root
+
+    def sh(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["ip", "netns", "exec", self.name, *command], capture_output=True, text=True, timeout=60,
+                              check=False)
+
+    def run(self, *arguments: str) -> tuple[int, str]:
+        done = self.sh(sys.executable, str(LIMITS), *arguments, "--streams", STREAMS, "--workers", "4", "--root",
+                       str(self.root))
+        return done.returncode, done.stdout + done.stderr
+
+    def sysctls(self) -> dict[str, str]:
+        found = self.sh("grep", "", *(f"/proc/sys/{name}" for name in SEEN)).stdout
+        return dict(line.removeprefix("/proc/sys/").split(":", 1) for line in found.splitlines())
+
+    def tree(self) -> dict[str, tuple[bytes | None, int]]:
+        """All files and folders by name: content and mode."""
+        return {str(path.relative_to(self.root)): (path.read_bytes() if path.is_file() else None, path.stat().st_mode)
+                for path in self.root.rglob("*")}
+
+    def all(self) -> Any:
+        return self.sysctls(), self.tree()
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        missing("a network namespace needs root and the ip command")
+    name, root = f"pushsvc-limits-{os.getpid()}", tmp_path / "root"
+    root.mkdir()
+    subprocess.run(["ip", "netns", "add", name], check=True, capture_output=True)
+    try:
+        machine = Machine(name, root)
+        for setting, value in LOW.items():
+            machine.sh("sh", "-c", f"echo '{value}' > /proc/sys/{setting}")
+        assert {name: machine.sysctls()[name] for name in LOW} == LOW
+        yield machine
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=True, capture_output=True)
+
+
+def missing(reason: str) -> NoReturn:
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def tool(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(LIMITS), *arguments], capture_output=True, text=True, timeout=60,
+                          check=False, **options)
+
+
+# --- What is computed ------------------------------------------------------------------------------------
+
+COMPUTED = {
+    "nofile": [((1000, 1), (2134,)), ((200_000, 4), (54_564,)), ((1_000_000, 54), (20_879,))],
+    "fs.nr_open": [((1000, 1), (3000,)), ((200_000, 4), (401_000,))],
+    "fs.file-max": [((1000, 1), (103_000,)), ((200_000, 4), (700_000,))],
+    "net.core.somaxconn": [((100, 2), (512,)), ((10_000, 2), (8192,)), ((1_000_000, 1), (65_535,))],
+    "net.ipv4.tcp_max_syn_backlog": [((100, 2), (1024,)), ((10_000, 2), (16_384,))],
+    "net.ipv4.ip_local_port_range": [((25_000, 2), (32_768, 60_999)), ((26_000, 2), (10_000, 65_535))],
+    "net.ipv4.tcp_mem": [((1000, 1), (1000, 1500, 2000)), ((10_000_000, 9), (524_288, 786_432, 1_048_576))],
+    "net.ipv4.tcp_rmem": [((1000, 1), (4096, 65_536, 1 << 20))],
+    "net.ipv4.tcp_wmem": [((1000, 1), (4096, 16_384, 1 << 20))],
+    "net.ipv4.tcp_max_orphans": [((200_000, 4), (200_000,))],
+    "net.ipv4.tcp_max_tw_buckets": [((200_000, 4), (400_000,))],
+    "net.core.netdev_max_backlog": [((1000, 1), (1000,)), ((200_000, 4), (16_384,)), ((9_000_000, 4), (65_536,))],
+    "net.netfilter.nf_conntrack_max": [((200_000, 4), (465_536,))],
+    "memory": [((1000, 1), (81_000_000,)), ((200_000, 4), (7_380_000_000,))],
+}
+WITHOUT_PROXY = {"fs.nr_open": (54_564,), "fs.file-max": (300_000,), "net.ipv4.ip_local_port_range": (32_768, 60_999),
+                 "net.ipv4.tcp_mem": (100_000, 150_000, 200_000), "net.ipv4.tcp_max_tw_buckets": (200_000,),
+                 "net.netfilter.nf_conntrack_max": (265_536,), "memory": (1_380_000_000,)}
+
+
+def of(needs: Any, name: str, streams: int, workers: int, proxy: bool = True) -> tuple[int, ...]:
+    target = needs.Target(streams=streams, workers=workers, connections=1000, proxy=proxy, memory_bytes=8 * GIB)
+    (limit,) = [each for each in needs.LIMITS if each.name == name]
+    return tuple(limit.need(target))
+
+
+@pytest.mark.parametrize(("name", "asked", "need"), [(name, *row) for name, rows in COMPUTED.items() for row in rows])
+def test_need_follows_from_the_streams_and_the_memory(needs: Any, name: str, asked: Any, need: tuple[int, ...]) -> None:
+    assert of(needs, name, *asked) == need
+
+
+@pytest.mark.parametrize(("name", "need"), WITHOUT_PROXY.items())
+def test_proxy_on_another_machine_needs_less_here(needs: Any, name: str, need: tuple[int, ...]) -> None:
+    assert of(needs, name, 200_000, 4, proxy=False) == need
+
+
+def test_every_limit_is_computed_by_a_row_of_the_table(needs: Any) -> None:
+    assert [each.name for each in needs.LIMITS if each.name not in COMPUTED] == []
+
+
+@pytest.mark.parametrize(("name", "have", "need", "joined"), [
+    ("net.core.somaxconn", (70_000,), (65_535,), (70_000,)),
+    ("net.ipv4.tcp_wmem", (8192, 16_384, 4_000_000), (4096, 20_000, 1 << 20), (8192, 20_000, 4_000_000)),
+    ("net.ipv4.ip_local_port_range", (1024, 40_000), (10_000, 65_535), (1024, 65_535)),
+])
+def test_nothing_that_is_higher_already_is_lowered(needs: Any, name: str, have: Any, need: Any, joined: Any) -> None:
+    (limit,) = [each for each in needs.LIMITS if each.name == name]
+    assert limit.joined(have, need) == joined
+    assert limit.is_enough(joined, need)
+
+
+def test_workers_that_have_descriptors_enough_are_counted(needs: Any) -> None:
+    target = needs.Target(streams=100_000, workers=2, connections=1000, proxy=True, memory_bytes=GIB)
+    assert needs.workers_for(target, 20_000) == 6
+    assert needs.workers_for(target, 1000) == 0
+
+
+# --- check, apply, revert --------------------------------------------------------------------------------
+
+
+def test_check_changes_nothing_and_tells_what_is_too_small(machine: Machine) -> None:
+    before = machine.all()
+    code, said = machine.run()
+    assert machine.all() == before
+    assert code == SMALL
+    assert "net.core.somaxconn                  77, needs 8192" in said
+    assert "ListenOverflows" in said
+
+
+def test_apply_raises_what_is_too_small_and_revert_leaves_everything_as_it_was(machine: Machine) -> None:
+    before = machine.all()
+    code, said = machine.run("apply", "--exit-code")
+    assert code == CHANGED, said
+    assert "net.core.somaxconn: 77 -> 8192" in said
+    raised = machine.sysctls()
+    assert raised["net/core/somaxconn"] == "8192"
+    assert raised["net/ipv4/ip_local_port_range"] == "30000\t60999", "the lower end was lower already"
+    assert raised["fs/file-max"] == before[0]["fs/file-max"]
+    assert [name for name, (content, _) in sorted(machine.tree().items()) if content is not None] == FILES
+    assert machine.run("check")[0] == ENOUGH
+
+    code, said = machine.run("revert", "--exit-code")
+
+    assert code == CHANGED, said
+    assert machine.all() == before
+
+
+def test_apply_a_second_time_changes_nothing(machine: Machine) -> None:
+    machine.run("apply")
+    once = machine.all()
+    code, said = machine.run("apply", "--exit-code")
+    assert (code, machine.all()) == (ENOUGH, once)
+    assert "changed nothing" in said
+
+
+def test_files_of_others_are_left_alone_and_a_file_in_our_place_comes_back(machine: Machine) -> None:
+    for name, content in {FILES[1]: b"# an admin's own\n", "etc/sysctl.d/99-other.conf": b"vm.swappiness = 10\n",
+                          "etc/systemd/system/pushsvc.service": b"[Service]\nLimitNOFILE=2000000\n"}.items():
+        path = machine.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        path.chmod(0o640)
+    before = machine.all()
+
+    machine.run("apply")
+    after = machine.tree()
+    assert after["etc/sysctl.d/99-other.conf"] == before[1]["etc/sysctl.d/99-other.conf"]
+    assert b"LimitNOFILE=2000000\n" in (after[FILES[2]][0] or b""), "the drop-in lowers what the unit has"
+    machine.run("revert")
+
+    assert machine.all() == before
+
+
+def test_what_somebody_has_changed_since_is_left_and_told(machine: Machine) -> None:
+    before = machine.all()
+    machine.run("apply")
+    machine.sh("sh", "-c", "echo 9999 > /proc/sys/net/core/somaxconn")
+    (machine.root / FILES[0]).write_text("edited\n")
+
+    code, said = machine.run("revert")
+
+    assert code == SMALL
+    assert "net.core.somaxconn is 9999, which is not what was set: left as it is" in said
+    assert "60-pushsvc.conf was edited since it was written: left as it is" in said
+    assert machine.sysctls() == before[0] | {"net/core/somaxconn": "9999"}
+    assert machine.run("revert", "--force")[0] == ENOUGH
+    assert machine.all() == before
+
+
+def test_apply_that_fails_half_way_says_what_it_did_and_can_be_taken_back(machine: Machine) -> None:
+    (machine.root / "etc").mkdir()
+    (machine.root / "etc/security").write_text("in the way of a folder\n")
+    before = machine.all()
+
+    code, said = machine.run("apply")
+
+    assert code == FAILED, said
+    assert "net.core.somaxconn: 77 -> 8192" in said
+    assert "can be taken back with revert" in said
+    assert "Traceback" not in said
+    assert machine.run("revert")[0] == ENOUGH
+    assert machine.all() == before
+
+
+def test_revert_without_an_apply_changes_nothing(machine: Machine) -> None:
+    before = machine.all()
+    code, said = machine.run("revert")
+    assert (code, machine.all()) == (ENOUGH, before)
+    assert "changed nothing" in said
+
+
+def test_setting_that_a_namespace_has_not_is_a_finding(machine: Machine) -> None:
+    code, said = machine.run("check", "--json")
+    assert code == SMALL
+    found = {each["name"]: each for each in json.loads(said)["limits"]}
+    orphans = found["net.ipv4.tcp_max_orphans"]
+    if orphans["have"] is not None:
+        pytest.skip("this kernel has all settings in every namespace")
+    assert (orphans["state"], orphans["note"]) == ("absent", "set it outside of this network namespace")
+
+
+def test_read_only_setting_is_a_finding(machine: Machine) -> None:
+    mount = "mount -o bind /proc/sys /proc/sys && mount -o remount,ro,bind /proc/sys && exec \"$@\""
+    command = [sys.executable, str(LIMITS), "apply", "--streams", STREAMS, "--root", str(machine.root)]
+    done = machine.sh("unshare", "-m", "sh", "-c", mount, "sh", *command)
+    assert done.returncode == SMALL, done.stderr
+    assert "not settable here: read-only here" in done.stdout
+    assert machine.sysctls()["net/core/somaxconn"] == "77"
+
+
+# --- Without a machine of its own ------------------------------------------------------------------------
+
+
+def test_image_gets_files_with_every_setting_and_the_machine_none(tmp_path: Path) -> None:
+    with _unchanged():
+        done = tool("apply", "--no-sysctl", "--root", str(tmp_path), "--streams", "1000000", "--workers", "60")
+    assert done.returncode in (ENOUGH, SMALL), done.stderr
+    lines = (tmp_path / FILES[1]).read_text().splitlines()[1:]
+    names = [line.partition(" = ")[0] for line in lines]
+    assert "net.core.somaxconn" in names
+    assert "-net.netfilter.nf_conntrack_max" in names
+    assert len(names) == 12
+    assert "Environment=WEB_CONCURRENCY=60\n" in (tmp_path / FILES[2]).read_text()
+
+
+@contextlib.contextmanager
+def _unchanged() -> Iterator[None]:
+    def read() -> list[str]:
+        return [(Path("/proc/sys") / name).read_text() for name in SEEN]
+
+    before = read()
+    yield
+    assert read() == before
+
+
+def test_json_has_each_limit_with_its_reason(needs: Any) -> None:
+    done = tool("--json", "--streams", "1000")
+    found = json.loads(done.stdout)
+    about = {"action": "check", "streams": 1000, "proxy": True, "done": [], "left": [], "error": ""}
+    assert about.items() <= found.items()
+    assert [each["name"] for each in found["limits"]] == [limit.name for limit in needs.LIMITS]
+    for each in found["limits"]:
+        assert set(each) == {"name", "unit", "have", "need", "state", "note", "why", "without"}
+        assert each["state"] in ("enough", "small", "later", "unused", "absent")
+        assert all(type(number) is int for number in [*(each["have"] or []), *each["need"]])
+    assert done.returncode == (SMALL if any(each["state"] == "small" for each in found["limits"]) else ENOUGH)
+
+
+@pytest.mark.parametrize("action", ["apply", "revert"])
+def test_who_is_not_root_is_told_so(action: str) -> None:
+    code = ("import os, runpy, sys; sys.path.insert(0, sys.argv[1]); tool = runpy.run_path(sys.argv[1] + '/__main__.py');"
+            "os.geteuid() or os.seteuid(65534); sys.exit(tool['main'](sys.argv[2:]))")
+    done = subprocess.run([sys.executable, "-c", code, str(LIMITS), action], capture_output=True, text=True, timeout=60,
+                          check=False)
+    assert done.returncode == FAILED, done.stderr
+    assert f"{action} needs root" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["raise"], ["--streams", "many"], ["--streams", "0"], ["--workers", "-1"]])
+def test_wrong_usage_is_told(arguments: list[str]) -> None:
+    assert tool(*arguments).returncode == USAGE
+
+
+def test_limits_of_a_process_are_those_that_it_has() -> None:
+    with subprocess.Popen(["sh", "-c", "ulimit -n 3333; echo ok; read wait"], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        found = json.loads(tool("--json", "--streams", "9000", "--pid", str(process.pid)).stdout)
+        process.communicate(b"\n")
+    assert [each["have"] for each in found["limits"] if each["name"] == "nofile"] == [[3333]]
+    assert tool("--pid", str(process.pid)).returncode == FAILED
