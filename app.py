@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import resource
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from flask import Flask, Response
 
@@ -20,6 +23,8 @@ from pushsvc.stream import Stream
 from pushsvc.views import events, problems, publish, status
 
 DESCRIPTORS_KEPT = 64  # for listeners, the log and its threads
+PROC, CGROUPS = Path("/proc/self"), Path("/sys/fs/cgroup")
+MEMORY_USED = 0.9  # of the cgroup's limit; the rest is for publishes, and for what opens until the next look
 logger = logging.getLogger("pushsvc")
 
 
@@ -51,7 +56,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     settings = _bounded(settings or Settings.from_environ(os.environ))
     access = Access(settings)
     broker = open_broker(settings)
-    hub = Hub(settings, Metrics())
+    hub = Hub(settings, Metrics(), is_short=memory_check(settings.max_memory_bytes))
     app = Flask("pushsvc", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
     problems.install(app, access)
@@ -82,3 +87,47 @@ def _bounded(settings: Settings) -> Settings:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = max(1, soft - settings.max_connections - DESCRIPTORS_KEPT)
     return replace(settings, max_streams=min(settings.max_streams or most, most))
+
+
+def memory_check(most: int, proc: Path = PROC, cgroups: Path = CGROUPS) -> Callable[[], bool]:
+    """What tells whether there is no memory for further streams: this process has more than `most` bytes resident; for
+    `most` 0, one of its cgroups has used up its limit. It reads a file or two, and never raises."""
+    limits = [] if most else list(_memory_limits(proc, cgroups))
+
+    def is_short() -> bool:
+        with suppress(OSError, ValueError):
+            if most:
+                return int((proc / "statm").read_text().split()[1]) * resource.getpagesize() > most
+            return any(_is_used_up(*each) for each in limits)
+        return False
+
+    return is_short
+
+
+def _memory_limits(proc: Path, cgroups: Path) -> Iterator[tuple[Path, str, int]]:
+    """(folder, version's name of the usage, bytes) of each cgroup around this process that bounds memory: its own and
+    those above, of cgroup v2 and v1. A container may show only its own, at the top."""
+    with suppress(OSError, ValueError):
+        for line in (proc / "cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            top = cgroups / "memory" if controllers else cgroups
+            limit, usage = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else \
+                ("memory.max", "memory.current")
+            here = top / path.lstrip("/")
+            for folder in [here, *here.parents]:
+                if folder.is_relative_to(top):
+                    with suppress(OSError, ValueError):  # "max", which is none
+                        yield folder, usage, int((folder / limit).read_text())
+
+
+def _is_used_up(folder: Path, usage: str, limit: int) -> bool:
+    """Kernel memory counts, that of sockets too; what the kernel would give back first, the cache of files, does not."""
+    used = int((folder / usage).read_text())
+    if used <= MEMORY_USED * limit:
+        return False
+    words = (folder / "memory.stat").read_text().split()
+    stat = dict(zip(words[::2], map(int, words[1::2]), strict=True))
+    total = "total_" if "total_cache" in stat else ""  # v1 counts the cgroups below under names of their own
+    return used - sum(stat.get(f"{total}{name}_file", 0) for name in ("active", "inactive")) > MEMORY_USED * limit

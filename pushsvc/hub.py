@@ -56,16 +56,19 @@ class Lot(Protocol):
 
 class Hub:
     """`start()` begins to serve, with the broker that it then hears from. Clocks come in: `clock` for spans (seconds),
-    `wall` for the tokens' times (seconds since 1970)."""
+    `wall` for the tokens' times (seconds since 1970). `is_short`: whether there is no memory for further streams; asked
+    once a second."""
 
     def __init__(self, settings: Settings, metrics: Metrics, *, clock: Callable[[], float] = time.monotonic,
-                 wall: Callable[[], float] = time.time) -> None:
+                 wall: Callable[[], float] = time.time, is_short: Callable[[], bool] = lambda: False) -> None:
         self.settings = settings
         self.metrics = metrics
         self.clock = clock
         self.wall = wall
         self.epoch = ""
         self.draining = False
+        self.short_of_memory = False
+        self._is_short = is_short
         self.lot: Lot | None = None  # set by the worker that parks
         self.recorder: Recorder | None = None  # set where the traffic's shape is recorded
         self.now = clock()
@@ -156,9 +159,9 @@ class Hub:
             self.close(subscription, reason, self.comeback_ms())
 
     def is_full(self) -> bool:
-        """Whether a further stream has no place here: the bound is reached, or the worker drains."""
+        """Whether a further stream has no place here: a bound is reached, or the worker drains."""
         most = self.settings.max_streams
-        return self.draining or (most > 0 and len(self._subscriptions) >= most)
+        return self.draining or self.short_of_memory or (most > 0 and len(self._subscriptions) >= most)
 
     def _join(self, topic: str, group: Group) -> None:
         groups = self._topics.get(topic, ())
@@ -355,7 +358,14 @@ class Hub:
             due = self.clock() + 1.0
             gevent.sleep(1.0)
             self.metrics.lagged(self.clock() - due)
+            self._look_at_memory()
             self.flush()
+
+    def _look_at_memory(self) -> None:
+        if self._is_short() != self.short_of_memory:
+            self.short_of_memory = not self.short_of_memory
+            message = "short of memory" if self.short_of_memory else "memory recovered"
+            logger.warning(message, extra={"streams": len(self)})
 
     def flush(self) -> None:
         """Give the present figures to the metrics. Atomic: no switch."""

@@ -62,6 +62,9 @@ class Settings:
                                "descriptors allow.", unit="streams")
     max_connections: int = setting(1000, "Most connections of one worker besides its parked streams: publishers, and "
                                    "streams that open.", unit="connections", least=1)
+    max_memory_bytes: int = setting(0, "Resident memory of one worker above which further streams are told to come back "
+                                    "later. 0: they are when nine tenths of what the cgroup allows are in use, if it has "
+                                    "a limit.", unit="bytes")
     mailbox_events: int = setting(1000, "Most events that wait for one slow stream; then it is closed and resumes by id.",
                                   unit="events", least=1)
     mailbox_bytes: int = setting(1 << 20, "Most bytes that wait for one slow stream.", unit="bytes", least=1024)
