@@ -38,7 +38,7 @@ PORTS = (10_000, 32_000)  # below those that the kernel gives to outgoing connec
 
 
 class Server:
-    """One gunicorn master and its workers on a port of 127.0.0.1, with its data and log in `directory`.
+    """One gunicorn master and its workers on a port of `host`, with its data and log in `directory`.
 
     `with Server(directory) as server:` starts it, waits until it is ready, and leaves no process behind,
     whatever happens. Every start (`restart`, or `start` after `stop`) has the same port and the same data,
@@ -47,6 +47,8 @@ class Server:
     The master leads a session and a process group of its own, which its workers share: they can be found
     and ended together, and nothing else ever is. Should the thread that called `start` die, the kernel sends
     the master SIGTERM: so start it from a thread that outlives the test.
+
+    prefix: of the command, as `ip netns exec NAME`: a machine of its own, which has the address `host`.
     """
 
     def __init__(
@@ -57,13 +59,16 @@ class Server:
         worker_class: str | None = None,
         port: int | None = None,
         args: Sequence[str] = (),
+        host: str = "127.0.0.1",
+        prefix: Sequence[str] = (),
     ) -> None:
         self.directory = directory.absolute()
         self.workers = workers
-        self.host = "127.0.0.1"
+        self.host = host
         self.port = port or free_port()
         self._env = dict(env or {})
         self._args = [*(["-k", worker_class] if worker_class else []), *args]
+        self._prefix = list(prefix)
         self._master: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -101,7 +106,7 @@ class Server:
         self.directory.mkdir(parents=True, exist_ok=True)
         with self._log_path.open("ab") as log:
             self._master = subprocess.Popen(
-                [sys.executable, "-m", "gunicorn", "-c", "gunicorn.conf.py", *self._args, "wsgi:app"],
+                [*self._prefix, sys.executable, "-m", "gunicorn", "-c", "gunicorn.conf.py", *self._args, "wsgi:app"],
                 cwd=ROOT,
                 env=self._environment(),
                 stdin=subprocess.DEVNULL,

@@ -1,0 +1,348 @@
+"""Three front machines, HAProxy and Redis, each in a network namespace of its own: what is promised of one machine holds
+of several, and what fails is told. The configurations are those that ops/machines/ ships."""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import gevent
+import pytest
+
+from pushsvc.publisher import Publisher
+from tests.support.client import Stream, publish, request
+from tests.support.fire import seq_of
+from tests.support.machines import (
+    PASSWORD,
+    PATIENCE,
+    Balancer,
+    Fronts,
+    Listener,
+    Load,
+    Log,
+    Machine,
+    Sentinel,
+    net,
+    place_of,
+)
+from tests.support.reader import Message
+from tests.support.wait import eventually
+from tests.test_chat_replay import LOG, TOPIC, Line, Oracle, Publishers, Reader, chat
+
+RATE = 500  # publishes a second under faults
+LISTENERS = 18
+TOPICS = 6
+CHAT_SPEED = 3  # times that of the replay on one machine
+CHAT_READERS = 60
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[dict[str, Machine]]:
+    with net(front1=1, front2=1, front3=1, proxy=2, redis1=1, redis2=1) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def log(machines: dict[str, Machine], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Log]:
+    with Log(tmp_path_factory.mktemp("redis"), machines["redis1"]) as log:
+        yield log
+
+
+@pytest.fixture(scope="module")
+def fronts(machines: dict[str, Machine], log: Log, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fronts]:
+    with Fronts(tmp_path_factory.mktemp("fronts"), fronts_of(machines), machines["proxy"], log.url) as fronts:
+        yield fronts
+
+
+def fronts_of(machines: dict[str, Machine]) -> list[Machine]:
+    return [machines[name] for name in ("front1", "front2", "front3")]
+
+
+# --- As one ----------------------------------------------------------------------------------------------
+
+
+def test_what_is_published_on_any_machine_comes_from_all_in_one_order(fronts: Fronts) -> None:
+    urls = [server.url for server in fronts.servers]
+    streams = [Stream(url, ["one", "two"]).opened() for url in (*urls, fronts.url)]
+    gevent.joinall([gevent.spawn(lambda url=url: [
+        publish(url, topics=["one", "two"][: 1 + number % 2], data=f"{url} {number}") for number in range(40)])
+        for url in (*urls, fronts.url)], raise_error=True)
+    got = [[(each.last_event_id, each.data) for each in stream.take(160, PATIENCE)] for stream in streams]
+    assert all(each == got[0] for each in got), "the machines do not agree on one order"
+    assert len(set(got[0])) == 160
+    assert sorted(got[0], key=lambda pair: seq_of(pair[0])) == got[0]
+    for stream in streams:
+        stream.quiet(0.1)
+        stream.close()
+
+
+def test_a_stream_resumes_on_another_machine(fronts: Fronts) -> None:
+    first, second, third = (server.url for server in fronts.servers)
+    with Stream(first, "resume").opened() as stream:
+        publish(third, topic="resume", data="seen")
+        seen = stream.next().last_event_id
+    missed = publish(first, topic="resume", data="missed")
+    with Stream(second, "resume", last_event_id=seen) as stream:
+        assert stream.next() == Message("message", "missed", missed)
+
+
+def test_a_machine_without_streams_of_a_topic_receives_no_byte_of_it(
+        fronts: Fronts, log: Log, machines: dict[str, Machine]) -> None:
+    name, size, count = "busy", 1000, 1000
+    with Stream(fronts.servers[0].url, name).opened() as stream, Stream(fronts.servers[1].url, "calm").opened(), \
+            Publisher(log.url) as publisher:
+        before = bytes_by_machine(log, machines)
+        publisher.publish_batch({"topic": name, "data": "x" * size} for _ in range(count))
+        assert len(stream.take(count, PATIENCE)) == count
+        grown = [now - then for now, then in zip(bytes_by_machine(log, machines), before, strict=True)]
+    print(f"Redis sent, for {count} events of {size} bytes to a topic of the first machine: {grown} bytes to each")
+    assert grown[0] > size * count
+    assert max(grown[1:]) < 2000, "what is left is health checks"
+
+
+def bytes_by_machine(log: Log, machines: dict[str, Machine]) -> list[int]:
+    """What Redis has sent to each front machine, by the kernel's own count of each connection."""
+    return [machines["redis1"].sent_to(machine.address) for machine in fronts_of(machines)]
+
+
+def test_the_balancer_spreads_streams_and_uses_all_its_addresses(fronts: Fronts, machines: dict[str, Machine]) -> None:
+    before = fronts.counted("pushsvc_streams")
+    streams = [Stream(fronts.url, f"spread-{number}").opened() for number in range(60)]
+    try:
+        opened = [now - then for now, then in zip(fronts.counted("pushsvc_streams"), before, strict=True)]
+        assert sum(opened) == 60
+        assert min(opened) >= 15, opened
+        for source in machines["proxy"].addresses:
+            assert machines["front1"].sent_to(source) > 0, f"nothing goes by {source}"
+    finally:
+        for stream in streams:
+            stream.close()
+    eventually(lambda: fronts.counted("pushsvc_streams") == before, message="haproxy tells that a client has hung up")
+
+
+def test_when_no_machine_answers_a_stream_is_told_to_come_back_and_a_publisher_the_truth(
+        fronts: Fronts, machines: dict[str, Machine], tmp_path: Path) -> None:
+    """By a HAProxy before a port on which nobody listens."""
+    fronts.balancer.__exit__(None, None, None)
+    try:
+        with Balancer(tmp_path, machines["proxy"], fronts_of(machines), port=8999) as balancer:
+            for _ in range(2):  # at once, and when its checks have failed
+                with Stream(balancer.url, "nobody", timeout=20) as stream:
+                    assert stream.rest() == []
+                    assert (stream.status, stream.reader.reconnection_time) == (200, 5000)
+                    assert stream.headers["content-type"] == "text/event-stream"
+                answer = request("POST", f"{balancer.url}/publish", "topic=a&data=b",
+                                 {"Content-Type": "application/x-www-form-urlencoded"}, timeout=20)
+                assert (answer.status, answer.headers["content-type"]) == (503, "application/problem+json")
+                assert answer.json()["status"] == 503
+                eventually(lambda: "no server available" in balancer.log(), message="the checks have failed")
+    finally:
+        fronts.balancer.__enter__()
+
+
+# --- The chat --------------------------------------------------------------------------------------------
+
+
+class ChatReader(Reader):
+    """A reader of the chat that is done when it has the last line."""
+
+    def run(self) -> None:
+        with contextlib.suppress(gevent.GreenletExit):
+            super().run()
+
+    def _take(self, message: Message) -> None:
+        super()._take(message)
+        if self.has_all:
+            raise gevent.GreenletExit
+
+
+def test_readers_that_change_machines_have_the_whole_chat(fronts: Fronts) -> None:
+    if not LOG.exists():
+        pytest.skip(f"the chat log is not at {LOG}")
+    lines = chat(LOG.read_text(encoding="utf-8"))
+    for line in lines:
+        line.seconds /= CHAT_SPEED
+    before, began = fronts.counted("pushsvc_streams_opened_total"), time.monotonic()
+    readers = [ChatReader(fronts.url, number, restless=number % 5 > 0, envelope=number % 10 == 0)
+               for number in range(CHAT_READERS)]
+    reading = [gevent.spawn(reader.run) for reader in readers]
+    eventually(lambda: all(reader.opened for reader in readers), PATIENCE, message="not all readers have opened")
+    publishers = Publishers(fronts.url, lines)
+    gevent.joinall(publishers.start(time.monotonic()), raise_error=True)
+    end = Line(0.0, "message", "last line", started=time.monotonic())
+    end.id = publish(fronts.url, **end.fields())
+    lines.append(end)
+    gevent.joinall(reading, timeout=60, raise_error=True)
+    assert all(reader.has_all for reader in readers), "not all readers have the last line"
+
+    publishers.assert_each_in_order()
+    oracle = Oracle(lines)
+    for reader in readers:
+        oracle.check(reader)
+    opened = [now - then for now, then in zip(fronts.counted("pushsvc_streams_opened_total"), before, strict=True)]
+    assert min(opened) > CHAT_READERS / 6, f"hardly a stream went to one machine: {opened}"
+    assert sum(reader.hung_up for reader in readers) > CHAT_READERS
+    print(f"{len(lines)} events of {TOPIC}, {len(readers)} readers, {sum(reader.hung_up for reader in readers)} "
+          f"changes, streams by machine {opened}, {time.monotonic() - began:.1f} s")
+
+
+# --- Faults ----------------------------------------------------------------------------------------------
+
+
+class Outcome:
+    """What became of a load and its listeners. lost: of each listener, how many acknowledged events it did not get."""
+
+    def __init__(self, name: str, load: Load, listeners: list[Listener], began: float, ended: float) -> None:
+        self.listeners = listeners
+        self.lost = [listener.check(load.acknowledged) for listener in listeners]
+        self.gaps = [len(listener.gaps) for listener in listeners]
+        self.visits = [listener.visits for listener in listeners]
+        silences = sorted(listener.longest_silence(began) for listener in listeners)
+        print(f"{name}: {len(load.acknowledged)} publishes acknowledged, {load.failed} not; no publish for "
+              f"{load.longest_stop:.2f} s; streams silent for {silences[len(silences) // 2]:.2f} s (median), "
+              f"{silences[-1]:.2f} s (longest), all heard "
+              f"again {max(listener.first_after(ended) for listener in listeners):.2f} s after the repair; "
+              f"{sum(self.visits) - len(listeners)} reconnects, {sum(self.gaps)} gaps told, acknowledged and lost "
+              f"{sum(self.lost)}")
+
+
+def endure(url: str, name: str, fault: Callable[[], None]) -> Outcome:
+    """Publish and listen, through the balancer, before, while and after `fault` runs, until all hear again."""
+    topics = [f"{name}-{number}" for number in range(TOPICS)]
+    start = publish(url, topics=topics, data="start")
+    chosen = [[topics[number % TOPICS], topics[(number + 2) % TOPICS]] for number in range(LISTENERS - 1)]
+    listeners = [Listener(url, each, start) for each in (*chosen, topics)]
+    with contextlib.ExitStack() as stack:
+        for listener in listeners:
+            stack.enter_context(listener)
+        eventually(lambda: all(listener.visits for listener in listeners), PATIENCE, message="all have opened")
+        with Load(url, topics, RATE) as load:
+            load.wait(RATE // 2)
+            began = time.monotonic()
+            fault()
+            ended = time.monotonic()
+            load.wait(RATE // 2)
+        end = eventually(lambda: publish(url, topics=topics, data="end"), PATIENCE, message="an event is published")
+        eventually(lambda: all(listener.newest >= seq_of(end) for listener in listeners), PATIENCE,
+                   message="all have the last event")
+    return Outcome(name, load, listeners, began, ended)
+
+
+def assert_nothing_lost_nor_told(outcome: Outcome) -> None:
+    assert sum(outcome.lost) == 0
+    assert sum(outcome.gaps) == 0, [listener.gaps for listener in outcome.listeners if listener.gaps]
+
+
+def test_a_worker_that_is_killed_costs_its_streams_a_reconnect(fronts: Fronts) -> None:
+    server = fronts.servers[1]
+
+    def kill() -> None:
+        worker, = server.worker_pids()
+        server.kill_worker(worker)
+        server.wait_ready()
+
+    outcome = endure(fronts.url, "worker killed", kill)
+    assert_nothing_lost_nor_told(outcome)
+    assert sum(visits > 1 for visits in outcome.visits) >= LISTENERS // 6, "nobody listened on that machine"
+    assert sum(visits == 1 for visits in outcome.visits) >= LISTENERS // 3, "others were disturbed"
+
+
+def test_a_machine_that_is_cut_off_loses_its_streams_to_the_others_and_takes_part_again(
+        fronts: Fronts, machines: dict[str, Machine]) -> None:
+    cable, before = machines["front1"], len(fronts.balancer.log())
+
+    def cut() -> None:
+        cable.cut()
+        try:
+            eventually(lambda: "streams/front1 is DOWN" in fronts.balancer.log()[before:], message="haproxy has noticed")
+            gevent.sleep(0.5)
+        finally:
+            cable.join()
+        fronts.servers[0].wait_ready()
+
+    outcome = endure(fronts.url, "machine cut off", cut)
+    assert_nothing_lost_nor_told(outcome)
+    assert sum(visits > 1 for visits in outcome.visits) >= LISTENERS // 6, "nobody listened on that machine"
+    with Stream(fronts.servers[0].url, "back").opened() as stream:
+        publish(fronts.servers[2].url, topic="back", data="again")
+        assert stream.next().data == "again"
+
+
+def assert_told_to_come_back(url: str) -> None:
+    """While Redis is away: 503 for publishers and checks, 200 and the end for new streams."""
+    answer = request("POST", f"{url}/publish", '{"topic": "a", "data": "b"}', {"Content-Type": "application/json"})
+    assert (answer.status, answer.headers["content-type"]) == (503, "application/problem+json")
+    with Stream(url, "a", timeout=20) as stream:
+        assert stream.rest(20) == []
+        assert (stream.status, stream.reader.reconnection_time is not None) == (200, True)
+    assert request("GET", f"{url}/readyz").status == 503
+
+
+def test_redis_that_is_killed_and_comes_back_with_its_data_costs_one_gap_and_no_stream(fronts: Fronts, log: Log) -> None:
+    def restart() -> None:
+        log.kill()
+        assert_told_to_come_back(fronts.servers[0].url)
+        assert_told_to_come_back(fronts.url)
+        log.start()
+
+    outcome = endure(fronts.url, "redis restarted with its data", restart)
+    assert sum(outcome.lost) == 0, "what was acknowledged was in its file"
+    assert set(outcome.gaps) == {1}, outcome.gaps
+    assert {gap["reason"] for listener in outcome.listeners for gap in listener.gaps} == {"epoch"}
+    assert set(outcome.visits) == {1}, "streams did not stay open"
+
+
+def test_redis_that_comes_back_empty_costs_one_gap_and_no_stream_and_ids_go_on(fronts: Fronts, log: Log) -> None:
+    def lose() -> None:
+        log.kill()
+        log.forget()
+        log.start()
+
+    seen = publish(fronts.url, topic="away", data="seen")
+    publish(fronts.url, topic="away", data="lost to who is away")
+    outcome = endure(fronts.url, "redis restarted empty", lose)
+    assert set(outcome.gaps) == {1}, outcome.gaps
+    assert {gap["reason"] for listener in outcome.listeners for gap in listener.gaps} == {"epoch"}
+    assert set(outcome.visits) == {1}, "streams did not stay open"
+    with Stream(fronts.url, "away", last_event_id=seen) as stream:
+        told = stream.next()
+        assert (told.type, json.loads(told.data)["from"]) == ("gap", seen)
+        assert place_of(told.last_event_id) > place_of(seen)
+
+
+def test_a_failover_by_sentinel_costs_one_gap_and_no_stream(machines: dict[str, Machine], fronts: Fronts, log: Log,
+                                                            tmp_path: Path) -> None:
+    """The service starts anew for it, and finds its Redis by Sentinel."""
+    with contextlib.ExitStack() as stack:
+        replica = stack.enter_context(Log(tmp_path / "replica", machines["redis2"],
+                                          args=["--replicaof", f"{log.host} {log.port}"]))
+        sentinels = [stack.enter_context(Sentinel(tmp_path / f"sentinel-{name}", machines[name], log))
+                     for name in ("redis1", "redis2", "front1")]
+        with contextlib.closing(log.client()) as client:
+            client.config_set("repl-diskless-sync-delay", 0)
+        with contextlib.closing(replica.client()) as client:
+            eventually(lambda: client.info("replication")["master_link_status"] == "up", PATIENCE)
+        eventually(lambda: all(knows_all(each) for each in sentinels), PATIENCE, message="the Sentinels know all")
+        stack.callback(fronts.__enter__)
+        stack.callback(log.start)
+        fronts.__exit__(None, None, None)
+        hosts = ",".join(f"{each.host}:{each.port}" for each in sentinels)
+        url = f"redis+sentinel://pushsvc:{PASSWORD}@{hosts}/mymaster/0"
+        with Fronts(tmp_path / "fronts", fronts_of(machines), machines["proxy"], url) as again:
+            outcome = endure(again.url, "sentinel failover", lambda: promote(log, replica))
+            assert set(outcome.gaps) == {1}, outcome.gaps
+            assert {gap["reason"] for listener in outcome.listeners for gap in listener.gaps} == {"epoch"}
+            assert set(outcome.visits) == {1}, "streams did not stay open"
+
+
+def promote(master: Log, replica: Log) -> None:
+    master.kill()
+    with contextlib.closing(replica.client()) as client:
+        eventually(lambda: client.info("replication")["role"] == "master", PATIENCE, message="the replica is promoted")
+
+
+def knows_all(sentinel: Sentinel) -> bool:
+    with contextlib.closing(sentinel.client()) as client:
+        master = client.sentinel_master("mymaster")
+    return (master["num-slaves"], master["num-other-sentinels"]) == (1, 2)
