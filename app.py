@@ -8,6 +8,7 @@ import resource
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 
 from flask import Flask, Response
@@ -91,43 +92,43 @@ def _bounded(settings: Settings) -> Settings:
 
 def memory_check(most: int, proc: Path = PROC, cgroups: Path = CGROUPS) -> Callable[[], bool]:
     """What tells whether there is no memory for further streams: this process has more than `most` bytes resident; for
-    `most` 0, one of its cgroups has used up its limit. It reads a file or two, and never raises."""
-    limits = [] if most else list(_memory_limits(proc, cgroups))
+    `most` 0, one of its cgroups has used up its limit. It reads a few small files, and never raises."""
+    around = [] if most else list(_memory_cgroups(proc, cgroups))
 
     def is_short() -> bool:
         with suppress(OSError, ValueError):
             if most:
                 return int((proc / "statm").read_text().split()[1]) * resource.getpagesize() > most
-            return any(_is_used_up(*each) for each in limits)
+            return any(_is_used_up(*each) for each in around)
         return False
 
     return is_short
 
 
-def _memory_limits(proc: Path, cgroups: Path) -> Iterator[tuple[Path, str, int]]:
-    """(folder, version's name of the usage, bytes) of each cgroup around this process that bounds memory: its own and
-    those above, of cgroup v2 and v1. A container may show only its own, at the top."""
+def _memory_cgroups(proc: Path, cgroups: Path) -> Iterator[tuple[Path, Path]]:
+    """(file of the limit, file of the usage) of this process's own cgroup and of those above, v2 and v1. A container may
+    show only its own, at the top."""
     with suppress(OSError, ValueError):
         for line in (proc / "cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers and "memory" not in controllers.split(","):
                 continue
             top = cgroups / "memory" if controllers else cgroups
-            limit, usage = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else \
-                ("memory.max", "memory.current")
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
             here = top / path.lstrip("/")
             for folder in [here, *here.parents]:
-                if folder.is_relative_to(top):
-                    with suppress(OSError, ValueError):  # "max", which is none
-                        yield folder, usage, int((folder / limit).read_text())
+                if folder.is_relative_to(top) and (folder / names[0]).exists():
+                    yield folder / names[0], folder / names[1]
 
 
-def _is_used_up(folder: Path, usage: str, limit: int) -> bool:
+def _is_used_up(limit: Path, usage: Path) -> bool:
     """Kernel memory counts, that of sockets too; what the kernel would give back first, the cache of files, does not."""
-    used = int((folder / usage).read_text())
-    if used <= MEMORY_USED * limit:
+    text = limit.read_text().strip()
+    bound = inf if text == "max" else MEMORY_USED * int(text)
+    used = int(usage.read_text())
+    if used <= bound:
         return False
-    words = (folder / "memory.stat").read_text().split()
+    words = usage.with_name("memory.stat").read_text().split()
     stat = dict(zip(words[::2], map(int, words[1::2]), strict=True))
     total = "total_" if "total_cache" in stat else ""  # v1 counts the cgroups below under names of their own
-    return used - sum(stat.get(f"{total}{name}_file", 0) for name in ("active", "inactive")) > MEMORY_USED * limit
+    return used - sum(stat.get(f"{total}{name}_file", 0) for name in ("active", "inactive")) > bound

@@ -81,6 +81,15 @@ def test_container_that_sees_only_its_own_cgroup_at_the_top_is_bounded_by_it(mac
     assert machine.check()()
 
 
+def test_limit_that_is_changed_while_the_service_runs_counts(machine: Machine) -> None:
+    machine.write(machine.proc / "cgroup", "0::/a")
+    machine.v2("/a", "max", 95 * MIB)
+    check = machine.check()
+    assert not check()
+    machine.v2("/a", str(100 * MIB), 95 * MIB)
+    assert check()
+
+
 def test_setting_takes_the_place_of_the_cgroup(machine: Machine) -> None:
     machine.write(machine.proc / "cgroup", "0::/a")
     machine.v2("/a", str(100 * MIB), 95 * MIB)
