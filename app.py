@@ -19,7 +19,7 @@ from pushsvc.brokers.base import Broker
 from pushsvc.hub import Hub
 from pushsvc.metrics import Metrics
 from pushsvc.recorder import Recorder, open_recorder
-from pushsvc.settings import Settings
+from pushsvc.settings import Settings, hide
 from pushsvc.stream import Stream
 from pushsvc.views import events, problems, publish, status
 
@@ -68,7 +68,7 @@ def create_app(settings: Settings | None = None) -> Flask:
         _record(app, hub, recorder)
     app.extensions["pushsvc"] = Service(settings, broker, hub)
     hub.start(broker)
-    logger.info("started", extra={"broker": settings.broker_url, "max_streams": settings.max_streams})
+    logger.info("started", extra={"broker": hide(settings.broker_url), "max_streams": settings.max_streams})
     return app
 
 

@@ -14,12 +14,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from pushsvc.brokers.redis_codec import positions_of, publish_arguments
-from pushsvc.brokers.redis_link import Arguments, Link, Refused, hide, parse_address
+from pushsvc.brokers.redis_link import Arguments, Link, Refused, parse_address
 from pushsvc.draft import draft_of
 from pushsvc.errors import BadRequest, BrokerUnavailable
 from pushsvc.event import DEFAULT_TYPE, KEEP_ALL, Draft, check_name
 from pushsvc.position import Position
-from pushsvc.settings import Settings
+from pushsvc.settings import Settings, hide
 
 
 class Publisher:

@@ -7,6 +7,7 @@ docs/settings.md.
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -120,6 +121,11 @@ class Settings:
     def origins(self) -> tuple[str, ...]:
         """`cors_origins`, one by one."""
         return tuple(filter(None, (origin.strip() for origin in self.cors_origins.split(","))))
+
+
+def hide(url: str) -> str:
+    """A URL for logs and messages: without its passwords."""
+    return re.sub(r"(://[^:@/]*):[^@/]*@", r"\1:***@", re.sub(r"(password=)[^&]*", r"\1***", url))
 
 
 def variable(each: Field[Any]) -> str:

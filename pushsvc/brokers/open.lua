@@ -2,7 +2,8 @@
 -- An epoch ends with the life of the server that it began in: a server that was restarted, or that became master, may
 -- have lost the newest events, and their numbers must not be given again.
 -- ARGV: the server's run id; the epoch and the newest sequence that the caller knows of, or empty; what retention and
--- idempotency ask: events, age, window, or nothing to leave them. Returns EPOCH, SEQ, and the earlier epochs.
+-- idempotency ask: events, age, window, or nothing to leave them. Returns EPOCH, SEQ, the
+-- sequence that the epoch began after, which no event has, and the earlier epochs.
 
 local run, known, newest = ARGV[1], ARGV[2], tonumber(ARGV[3]) or 0
 local STRIDE = 1000000 -- more events than can be lost with the end of an epoch
@@ -36,4 +37,4 @@ for place, name in ipairs({'events', 'age', 'window'}) do
     redis.call('HSETNX', LOG, name, DEFAULTS[name])
   end
 end
-return {epoch, text(seq), redis.call('HKEYS', P .. 'past')}
+return {epoch, text(seq), text(start), redis.call('HKEYS', P .. 'past')}

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pushsvc.brokers.base import CLOSED, PAGE_BYTES, Broker, Deliver, Page, Reset, page_of
 from pushsvc.brokers.redis_codec import events_of, positions_of, publish_arguments
 from pushsvc.brokers.redis_line import PUBLISH, Line
-from pushsvc.brokers.redis_link import Link, Refused, hide, parse_address
+from pushsvc.brokers.redis_link import Link, Refused, parse_address
 from pushsvc.brokers.redis_reader import READER, Reader
 from pushsvc.brokers.trouble import Trouble
 from pushsvc.errors import BrokerUnavailable
 from pushsvc.event import Draft
 from pushsvc.position import Position
-from pushsvc.settings import Settings
+from pushsvc.settings import Settings, hide
 
 JOIN_SECONDS = 2.0  # how long a stream that opens waits for its topics to be listened to
 CHECK_SECONDS = 2.0

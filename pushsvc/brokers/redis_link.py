@@ -23,7 +23,7 @@ from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseE
 from redis.exceptions import TimeoutError as RedisTimeout
 
 from pushsvc.errors import SettingsError
-from pushsvc.settings import REDIS
+from pushsvc.settings import REDIS, hide
 
 CONNECT_SECONDS = 2.0
 SENTINEL_PORT = 26379
@@ -97,11 +97,6 @@ def _host(text: str) -> tuple[str, int]:
     return parts.hostname, parts.port or SENTINEL_PORT
 
 
-def hide(url: str) -> str:
-    """A URL for logs and messages: without its password."""
-    return re.sub(r"(://[^:@/]*):[^@/]*@", r"\1:***@", re.sub(r"(password=)[^&]*", r"\1***", url))
-
-
 class Scripts:
     """The Lua scripts, with what they share in front. They are known to a server by their digests."""
 
@@ -115,7 +110,9 @@ class Scripts:
 class Link:
     """One connection. Not open until `open`; after an OSError it is closed and can be opened again.
 
-    seconds: how long a reply may take. limits: what open.lua is told of retention, or nothing.
+    epoch, start, past: the epoch that the log was in when this was opened, the sequence that it began after (no event has
+    that one), and the epochs before. seconds: how long a reply may take. limits: what open.lua is told of retention, or
+    nothing.
     """
 
     def __init__(self, address: Address, prefix: str, seconds: float, limits: Arguments = ()) -> None:
@@ -123,6 +120,7 @@ class Link:
         self.prefix = prefix
         self.channels = f"{prefix}{address.db}:"
         self.epoch = ""
+        self.start = 0
         self.past: frozenset[str] = frozenset()
         self._seconds = seconds
         self._limits = limits
@@ -149,7 +147,8 @@ class Link:
         except Refused:
             self.close()
             raise
-        self.epoch, self.past = reply[0].decode(), frozenset(each.decode() for each in reply[2])
+        self.epoch, self.start = reply[0].decode(), int(reply[2])
+        self.past = frozenset(each.decode() for each in reply[3])
         return int(reply[1])
 
     def close(self) -> None:

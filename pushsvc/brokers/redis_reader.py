@@ -189,7 +189,8 @@ class Reader:
 
     def _continues(self, known: Position) -> bool:
         """Whether the numbers of the log that we are connected to go on where ours end."""
-        return self._link.epoch == known.epoch or known.epoch in self._link.past
+        link = self._link
+        return link.epoch == known.epoch or (known.epoch in link.past and known.seq < link.start)
 
     def _subscribe_all(self) -> int:
         asked, topics = self._asked, list(self._topics)
@@ -215,18 +216,20 @@ class Reader:
                 return heard
 
     def _catch_up(self, known: Position, epoch: str, early: list[tuple[str, Message]]) -> None:
-        since = min(known.seq, self._lost.seq) if self._lost is not None else known.seq
-        gap = epoch != known.epoch or self._lost is not None
-        head = self._burn() if gap else self._head(epoch)
+        if epoch != known.epoch:
+            start = self._link.start
+            self._repair(start, early)
+            self.epoch, self.past, self._lost = epoch, self._link.past, None
+            self._reset(Position(epoch, start), known)
+            known = Position(epoch, start)
+        head = self._burn() if self._lost is not None else self._head(epoch)
         early += self._barrier()
-        if self._repair(head, early) > known.seq and not gap:
-            gap, head = True, self._burn()
+        if self._repair(head, early) > known.seq and self._lost is None:
+            self._lost, head = _Lost(known.seq, "history has lost what came meanwhile"), self._burn()
             early += self._barrier()
             self._repair(head, early)
-        if gap:
-            self.epoch, self.past = epoch, self._link.past
-            self._reset(Position(epoch, head), Position(known.epoch, since))
-            self.last = head
+        if self._lost is not None:
+            self._reset(Position(epoch, head), Position(epoch, min(known.seq, self._lost.seq)))
         self._lost = None
         self._hand_over(self._fresh(early))
 

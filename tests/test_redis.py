@@ -1,0 +1,601 @@
+"""The Redis broker beyond the contract: several processes on one log, interest, breaks, and what is lost is told."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gevent
+import pytest
+
+from pushsvc.brokers import redis_reader
+from pushsvc.brokers.redis_link import parse_address
+from pushsvc.errors import BadRequest, BrokerUnavailable, SettingsError
+from pushsvc.event import Draft
+from pushsvc.position import Position
+from pushsvc.publisher import Publisher
+from pushsvc.settings import Settings, hide
+from tests.support.brokers import Side
+from tests.support.client import Stream, request
+from tests.support.fire import epoch_of, seq_of
+from tests.support.redis import Redis
+from tests.support.server import ROOT, Server
+from tests.support.wait import eventually
+
+Open = Callable[..., Side]
+TIMEOUT = 30
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Redis]:
+    with Redis(tmp_path / "redis") as server:
+        yield server
+
+
+@pytest.fixture
+def durable(tmp_path: Path) -> Iterator[Redis]:
+    with Redis(tmp_path / "redis", durable=True) as server:
+        yield server
+
+
+@pytest.fixture
+def opened() -> Iterator[Open]:
+    with contextlib.ExitStack() as stack:
+        def open_side(server: Redis, **changes: Any) -> Side:
+            side = Side(server.url, **changes)
+            stack.callback(side.broker.close)
+            return side
+
+        yield open_side
+
+
+@pytest.fixture
+def publisher(server: Redis) -> Iterator[Publisher]:
+    with Publisher(server.url) as publisher:
+        yield publisher
+
+
+def data(side: Side) -> list[str]:
+    return [event.data for event in side.events]
+
+
+def put(side: Side, text: str, topic: str = "a", **fields: Any) -> Position:
+    return side.broker.append([Draft((topic,), text, **fields)])[0]
+
+
+def put_until_it_goes(side: Side, text: str) -> Position:
+    """As a client does that is told to come back."""
+    return eventually(lambda: put(side, text), TIMEOUT)
+
+
+def subscribers(server: Redis, topic: str) -> int:
+    with contextlib.closing(server.client()) as client:
+        return int(client.execute_command("PUBSUB", "NUMSUB", f"pushsvc:0:{topic}")[1])
+
+
+def break_listeners(server: Redis) -> None:
+    with contextlib.closing(server.client()) as client:
+        client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+
+
+# --- several processes
+
+
+def test_two_processes_hear_each_other_in_one_order(server: Redis, opened: Open) -> None:
+    one, two = opened(server), opened(server)
+    jobs = [gevent.spawn(put, side, f"{number}", topic) for number in range(100)
+            for side, topic in ((one, "a"), (two, "b"))]
+    positions = sorted(job.get() for job in jobs)
+    assert [event.seq for event in one.heard(200)] == [position.seq for position in positions]
+    assert two.heard(200) == one.events
+    assert one.resets == two.resets[:1]
+
+
+def test_a_key_is_answered_by_every_process(server: Redis, opened: Open, publisher: Publisher) -> None:
+    one = opened(server)
+    first = publisher.publish("a", "1", idempotency_key="key")
+    assert one.broker.append([Draft(("a",), "2")], "\nkey") == [Position(epoch_of(first), seq_of(first))]
+    assert len(one.heard(1)) == 1
+
+
+@pytest.mark.parametrize("keep", ["all", "none"])
+@pytest.mark.parametrize("count", [2, 32, 33, 1000])
+def test_an_event_of_many_topics_comes_once_with_all_of_them(server: Redis, opened: Open, count: int, keep: str) -> None:
+    side, other = opened(server), opened(server)
+    topics = tuple(f"t{number}" for number in range(count))
+    side.watch(*topics)
+    other.watch(topics[-1])
+    position, = side.broker.append([Draft(topics, "all", keep=keep)])
+    put(side, "next")
+    for each in (side, other):
+        event, _ = each.heard(2)
+        assert (event.seq, event.topics, event.data, event.keep) == (position.seq, topics, "all", keep)
+        assert data(each) == ["all", "next"]
+
+
+# --- interest
+
+
+def test_only_what_is_watched_is_listened_to(server: Redis, opened: Open) -> None:
+    one, two = opened(server), opened(server)
+    two.watch("private")
+    put(one, "1", "private")
+    put(one, "2")
+    assert [event.data for event in two.heard(2)] == ["1", "2"]
+    assert [event.data for event in one.heard(1)] == ["2"]
+    assert subscribers(server, "private") == 1
+
+
+def test_what_nobody_watches_any_more_is_left_after_a_delay(
+        server: Redis, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_reader, "UNWATCH_SECONDS", 0.5)
+    side = opened(server)
+    side.watch("x", "y")
+    assert subscribers(server, "x") == subscribers(server, "y") == 1
+    side.broker.unwatch(["x", "y"])
+    side.watch("y")
+    assert subscribers(server, "x") == 1, "clients come back"
+    eventually(lambda: subscribers(server, "x") == 0)
+    gevent.sleep(1.2)
+    assert subscribers(server, "y") == 1
+
+
+def test_a_topic_that_is_left_and_watched_again_is_heard(
+        server: Redis, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_reader, "UNWATCH_SECONDS", 0.0)
+    side = opened(server)
+    for number in range(100):
+        side.watch("x")
+        put(side, str(number), "x")
+        eventually(lambda: len(side.events) > number, interval=0.001)  # noqa: B023
+        side.broker.unwatch(["x"])
+        if number % 10 == 0:
+            gevent.sleep(0.01)
+    assert data(side) == [str(number) for number in range(100)]
+
+
+def test_a_hundred_thousand_topics_are_watched_and_left(
+        server: Redis, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    side = opened(server)
+    topics = [f"user-{number}" for number in range(100_000)]
+    side.broker.watch(topics)
+    eventually(side.broker.head, TIMEOUT)
+    put(side, "1", "user-0")
+    put(side, "2", "user-99999")
+    assert [event.data for event in side.heard(2)] == ["1", "2"]
+    monkeypatch.setattr(redis_reader, "UNWATCH_SECONDS", 0.0)
+    side.broker.unwatch(topics)
+    with contextlib.closing(server.client()) as client:
+        eventually(lambda: len(client.execute_command("PUBSUB", "CHANNELS", "*user-*")) == 0, TIMEOUT)
+    put(side, "3")
+    assert [event.data for event in side.heard(3)][-1] == "3"
+
+
+# --- breaks
+
+
+def test_after_a_broken_connection_nothing_is_missing_or_doubled(server: Redis, opened: Open) -> None:
+    one, two = opened(server), opened(server)
+    for number in range(300):
+        put(one, str(number), "abc"[number % 3])
+        if number % 50 == 25:
+            break_listeners(server)
+    for side in (one, two):
+        side.heard(300, TIMEOUT)
+        assert data(side) == [str(number) for number in range(300)]
+        assert len(side.resets) == 1, "nobody needs to know"
+
+
+def test_a_break_while_the_history_goes_is_told(
+        server: Redis, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    side = opened(server, history_events=5)
+    first = put(side, "first")
+    side.heard(1)
+    monkeypatch.setattr(redis_reader, "RETRY_SECONDS", (2.0, 2.0))
+    break_listeners(server)
+    with Publisher(server.url) as publisher:
+        for number in range(20):
+            publisher.publish("a", str(number))
+    eventually(lambda: side.gaps, TIMEOUT)
+    put(side, "last")
+    eventually(lambda: "last" in data(side), TIMEOUT)
+    (since, goes_on), = side.gaps
+    assert since == first
+    assert data(side) == ["first", *map(str, range(15, 20)), "last"]
+    assert side.events[-2].seq < goes_on.seq < side.events[-1].seq
+    assert goes_on.epoch == first.epoch
+
+
+def test_a_message_that_did_not_arrive_is_noticed_by_the_next(server: Redis, opened: Open) -> None:
+    side = opened(server)
+    first = put(side, "first")
+    side.heard(1)
+    with Publisher(server.url) as publisher:
+        publisher.publish("other", "opens the connection")
+        publisher._link.channels = "nobody:"
+        publisher.publish("a", "lost")
+    put(side, "next")
+    eventually(lambda: side.gaps and "next" in data(side), TIMEOUT)
+    assert side.gaps[0][0] == first
+    assert data(side) == ["first", "lost", "next"]
+
+
+def test_a_connection_that_falls_silent_is_given_up(
+        server: Redis, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_reader, "PING_SECONDS", 0.2)
+    side = opened(server, publish_timeout_seconds=0.5)
+    put(side, "1")
+    side.heard(1)
+    server.freeze()
+    try:
+        with pytest.raises(BrokerUnavailable, match="not known"):
+            put(side, "2")
+        eventually(lambda: not side.broker._reader._live)  # type: ignore[attr-defined]
+        with pytest.raises(BrokerUnavailable):
+            side.broker.check()
+    finally:
+        server.thaw()
+    put_until_it_goes(side, "3")
+    eventually(lambda: data(side)[-1] == "3", TIMEOUT)
+    assert data(side) in (["1", "2", "3"], ["1", "3"])
+    assert len(side.resets) == 1
+
+
+# --- the end of a server
+
+
+@pytest.mark.parametrize("keeps", [True, False], ids=["with its data", "without its data"])
+def test_after_a_restart_the_log_goes_on_in_a_new_epoch_and_the_gap_is_told(
+        tmp_path: Path, opened: Open, keeps: bool) -> None:
+    with Redis(tmp_path / "redis", durable=keeps) as server:
+        one, two = opened(server), opened(server)
+        old = put(one, "old")
+        two.heard(1)
+        server.kill()
+        with pytest.raises(BrokerUnavailable):
+            put(one, "refused")
+        server.start()
+        new = put_until_it_goes(one, "new")
+        for side in (one, two):
+            eventually(lambda: data(side) == ["old", "new"], TIMEOUT)  # noqa: B023
+            (since, goes_on), = side.gaps
+            assert since == old
+            assert goes_on.epoch == new.epoch > old.epoch
+            assert old.seq < goes_on.seq
+            assert side.broker.precedes(old.epoch)
+            assert [event.data for event in side.history("a")] == (["old", "new"] if keeps else ["new"])
+            assert [event.data for event in side.history("a", after=old.seq)] == ["new"]
+
+
+def test_a_server_that_was_emptied_is_a_new_log_that_goes_on(server: Redis, opened: Open) -> None:
+    one, two = opened(server), opened(server)
+    old = put(one, "old")
+    two.heard(1)
+    with contextlib.closing(server.client()) as client:
+        client.flushall()
+    new = put_until_it_goes(one, "new")
+    assert new.epoch > old.epoch
+    assert new.seq > old.seq
+    put(one, "newer")
+    for side in (one, two):
+        eventually(lambda: data(side)[-1] == "newer", TIMEOUT)  # noqa: B023
+        assert side.gaps
+
+
+def test_a_newer_epoch_of_another_server_is_followed(tmp_path: Path, opened: Open) -> None:
+    """A failover by hand: the replica becomes master, and the old master its replica, with a lost tail."""
+    with Redis(tmp_path / "one") as master, Redis(tmp_path / "two") as replica:
+        with contextlib.closing(replica.client()) as client:
+            client.replicaof(master.host, master.port)
+            eventually(lambda: client.info("replication")["master_link_status"] == "up", TIMEOUT)
+        side = opened(master)
+        kept = put(side, "kept")
+        with contextlib.closing(replica.client()) as client:
+            eventually(lambda: client.hget("pushsvc:log", "seq") == str(kept.seq))
+            client.replicaof("NO", "ONE")
+        lost = put(side, "lost")
+        side.heard(2)
+        master.kill()
+        follow = ["--replicaof", replica.host, str(replica.port)]
+        with Redis(tmp_path / "three", port=master.port, args=follow) as successor:
+            with contextlib.closing(successor.client()) as client:
+                eventually(lambda: client.info("replication")["master_link_status"] == "up", TIMEOUT)
+                with pytest.raises(BrokerUnavailable):
+                    put(side, "refused")
+                client.replicaof("NO", "ONE")
+            new = put_until_it_goes(side, "new")
+            eventually(lambda: data(side) == ["kept", "lost", "new"], TIMEOUT)
+            assert new.seq > lost.seq
+            assert side.gaps[0][0] == lost
+            assert side.broker.precedes(kept.epoch)
+            assert [event.data for event in side.history("a")] == ["kept", "new"]
+
+
+# --- a server that refuses
+
+
+def test_a_full_server_refuses_and_goes_on_when_it_has_room(server: Redis, opened: Open) -> None:
+    side = opened(server)
+    put(side, "before")
+    with contextlib.closing(server.client()) as client:
+        client.config_set("maxmemory", "1mb")
+        with pytest.raises(BrokerUnavailable, match="maxmemory"):
+            side.broker.append([Draft(("a", "b"), "refused"), Draft(("a",), "refused")], "key")
+        with pytest.raises(BrokerUnavailable, match="maxmemory"):
+            side.broker.check()
+        assert [event.data for event in side.history("a", "b")] == ["before"], "reading goes on"
+        client.config_set("maxmemory", "0")
+    side.broker.check()
+    side.broker.append([Draft(("a",), "after")], "key")
+    side.heard(2)
+    assert data(side) == ["before", "after"]
+
+
+def test_a_read_only_server_refuses_and_goes_on_when_it_is_master_again(server: Redis, opened: Open) -> None:
+    side = opened(server)
+    put(side, "before")
+    with contextlib.closing(server.client()) as client:
+        client.replicaof("127.0.0.1", 1)
+        with pytest.raises(BrokerUnavailable, match=r"read only|not a master"):
+            put(side, "refused")
+        with pytest.raises(BrokerUnavailable):
+            side.broker.check()
+        client.replicaof("NO", "ONE")
+    put_until_it_goes(side, "after")
+    eventually(lambda: data(side) == ["before", "after"], TIMEOUT)
+
+
+def test_an_event_that_too_few_replicas_have_is_not_acknowledged(server: Redis, opened: Open) -> None:
+    side = opened(server, redis_replicas=1, publish_timeout_seconds=1)
+    with pytest.raises(BrokerUnavailable, match="0 of 1 replicas"):
+        put(side, "alone")
+    with Redis(server.directory / "replica") as replica, contextlib.closing(replica.client()) as client:
+        client.replicaof(server.host, server.port)
+        eventually(lambda: client.info("replication")["master_link_status"] == "up", TIMEOUT)
+        position = put_until_it_goes(side, "both")
+        assert client.hget("pushsvc:log", "seq") == str(position.seq)
+
+
+def test_a_server_that_is_not_there_is_unavailable_and_then_used(tmp_path: Path, opened: Open) -> None:
+    server = Redis(tmp_path / "redis")
+    side = opened(server)
+    with pytest.raises(BrokerUnavailable, match="refused"):
+        put(side, "1")
+    with pytest.raises(BrokerUnavailable):
+        side.broker.head()
+    with server:
+        position = put_until_it_goes(side, "2")
+        eventually(lambda: side.resets, TIMEOUT)
+        last = put(side, "3")
+        eventually(lambda: data(side)[-1:] == ["3"], TIMEOUT)
+        assert last.seq == position.seq + 1
+
+
+# --- what is left
+
+
+def keys(server: Redis) -> set[str]:
+    with contextlib.closing(server.client()) as client:
+        return {key.removeprefix("pushsvc:").partition(":")[0] for key in client.scan_iter()}
+
+
+def test_what_is_too_old_leaves_nothing_behind(server: Redis, opened: Open) -> None:
+    side = opened(server, history_seconds=1, idempotency_seconds=1)
+    for number in range(100):
+        keep = ["all", "latest", "none"][number % 3]
+        side.broker.append([Draft((f"t{number}", "all"), "x", keep=keep, key="k")], "key")
+        put(side, "x", f"u{number}", keep="latest", key="k")
+    gevent.sleep(1.1)
+
+    def is_swept() -> bool:
+        put(side, "x", "new", keep="none")
+        with contextlib.closing(server.client()) as client:
+            return keys(server) <= {"log", "ages", "last", "lost"} and int(client.zcard("pushsvc:last")) <= 1
+
+    eventually(is_swept)
+
+
+def test_an_event_of_several_topics_is_held_until_the_last_of_them_lets_it_go(server: Redis, opened: Open) -> None:
+    side = opened(server, history_events=2)
+    side.broker.append([Draft(("a", "b"), "both")])
+    for _ in range(2):
+        put(side, "x")
+    assert "e" in keys(server)
+    assert [event.data for event in side.history("b")] == ["both"]
+    for _ in range(2):
+        put(side, "x", "b")
+    assert "e" not in keys(server)
+
+
+def test_prefixes_and_databases_do_not_mix(server: Redis, opened: Open) -> None:
+    sides = [opened(server), opened(server, redis_prefix="other:"), Side(server.url.removesuffix("0") + "1")]
+    try:
+        for number, side in enumerate(sides):
+            put(side, str(number))
+        for number, side in enumerate(sides):
+            side.heard(1)
+            gevent.sleep(0.05)
+            assert data(side) == [str(number)]
+    finally:
+        sides[2].broker.close()
+
+
+# --- the whole service
+
+
+@pytest.fixture
+def service(tmp_path: Path, durable: Redis) -> Iterator[Server]:
+    settings = {"PUSHSVC_BROKER_URL": durable.url, "PUSHSVC_HEARTBEAT_SECONDS": "0.5"}
+    with Server(tmp_path / "service", workers=2, env=settings) as server:
+        yield server
+
+
+def post(service: Server, text: str, topic: str = "a") -> Any:
+    return request("POST", f"{service.url}/publish", json.dumps({"topic": topic, "data": text}),
+                   {"Content-Type": "application/json"}, timeout=TIMEOUT)
+
+
+def test_while_redis_restarts_streams_stay_open_and_are_told_the_gap(service: Server, durable: Redis) -> None:
+    with Stream(service.url, "a") as plain, Stream(service.url, "a", envelope=True) as envelope:
+        before = post(service, "before").json()["id"]
+        assert plain.next(timeout=TIMEOUT).data == "before"
+        durable.kill()
+        answer = post(service, "refused")
+        assert (answer.status, answer.headers["content-type"]) == (503, "application/problem+json")
+        assert answer.headers["retry-after"] == "1"
+        ready = request("GET", f"{service.url}/readyz", timeout=TIMEOUT)
+        assert ready.status == 503
+        assert "redis" in ready.json()["detail"]
+        beats = len(plain.reader.comments)
+        plain.quiet(1.5)
+        assert len(plain.reader.comments) > beats, "it is kept alive"
+        durable.start()
+        after = eventually(lambda: post(service, "after").json()["id"], TIMEOUT)
+        gap, event = plain.next(timeout=TIMEOUT), plain.next(timeout=TIMEOUT)
+        assert gap.type == "gap"
+        assert json.loads(gap.data) == {"from": before, "to": gap.last_event_id, "reason": "epoch"}
+        assert (event.data, event.last_event_id) == ("after", after)
+        envelope.next(timeout=TIMEOUT)
+        assert envelope.next(timeout=TIMEOUT).type == "gap"
+    with Stream(service.url, "a", last_event_id=before) as stream:
+        gap, event = stream.next(timeout=TIMEOUT), stream.next(timeout=TIMEOUT)
+        assert (gap.type, json.loads(gap.data)["reason"]) == ("gap", "epoch")
+        assert (event.data, event.last_event_id) == ("after", after)
+    with Stream(service.url, "a", last_event_id=gap.last_event_id) as stream:
+        assert stream.next(timeout=TIMEOUT).data == "after"
+
+
+def test_a_worker_that_redis_drops_for_being_slow_misses_nothing(tmp_path: Path, durable: Redis) -> None:
+    settings = {"PUSHSVC_BROKER_URL": durable.url}
+    with (Server(tmp_path / "service", workers=1, env=settings) as service,
+          Stream(service.url, "a") as stream, contextlib.closing(durable.client()) as client,
+          Publisher(durable.url) as publisher):
+        publisher.publish("a", "first")
+        assert stream.next(timeout=TIMEOUT).data == "first"
+        client.config_set("client-output-buffer-limit", "pubsub 200kb 0 0")
+        worker, = service.worker_pids()
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            count = 0
+            while client.execute_command("PUBSUB", "NUMSUB", "pushsvc:0:a")[1]:
+                publisher.publish("a", f"{count} " + "x" * 20_000)
+                count += 1
+                assert count < 2000, "Redis keeps the connection"
+        finally:
+            os.kill(worker, signal.SIGCONT)
+        publisher.publish("a", "last")
+        seen = [stream.next(timeout=TIMEOUT).data.split(" ")[0] for _ in range(count + 1)]
+        assert seen == [*map(str, range(count)), "last"]
+
+
+def test_an_address_that_is_none_stops_the_start(tmp_path: Path) -> None:
+    server = Server(tmp_path / "service", workers=1, env={"PUSHSVC_BROKER_URL": "redis+sentinel://host:1"})
+    server.start()
+    try:
+        eventually(lambda: "names no master" in server.log(), TIMEOUT)
+        eventually(lambda: not server._runs(), TIMEOUT)
+    finally:
+        server.stop()
+
+
+# --- the publisher
+
+
+def test_the_publisher_publishes_from_a_process_without_gevent(server: Redis, opened: Open) -> None:
+    side = opened(server)
+    code = f"""
+import sys
+from pushsvc.publisher import Publisher
+with Publisher({server.url!r}) as publisher:
+    print(publisher.publish("a", "text"))
+    print(publisher.publish(["a", "b"], {{"n": 1}}, event="typed", keep="latest", key="k"))
+    print(*publisher.publish_batch([{{"topic": "a", "data": str(n)}} for n in range(3)]))
+assert "gevent" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stderr
+    side.heard(5)
+    assert done.stdout.split() == [str(Position(side.resets[0].epoch, event.seq)) for event in side.events]
+    assert data(side) == ["text", '{"n":1}', "0", "1", "2"]
+    assert side.events[1][2:4] == (("a", "b"), "typed")
+
+
+@pytest.mark.parametrize(("fields", "words"), [
+    ({"topic": "", "data": "x"}, "topic is empty"), ({"topic": "a"}, "data is missing"),
+    ({"topic": "a", "data": "x", "tpic": "b"}, "nearest is 'topic'"),
+    ({"topic": "a", "data": "x", "keep": "no"}, "keep is"),
+    ({"topic": "a", "topics": ["b"], "data": "x"}, "either"), ({"topic": "a\n", "data": "x"}, "control character")])
+def test_the_publisher_refuses_what_the_http_api_refuses_and_changes_nothing(
+        publisher: Publisher, server: Redis, fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadRequest, match=words):
+        publisher.publish_batch([{"topic": "a", "data": "good"}, fields])
+    assert "t" not in keys(server)
+
+
+def test_the_publisher_says_that_the_log_is_away_and_finds_it_again(durable: Redis) -> None:
+    with Publisher(durable.url, timeout=5) as publisher:
+        first = publisher.publish("a", "1")
+        durable.kill()
+        with pytest.raises(BrokerUnavailable, match="cannot reach"):
+            publisher.publish("a", "2")
+        durable.start()
+        second = publisher.publish("a", "3", idempotency_key="once")
+        assert second > first
+        assert publisher.publish("a", "4", idempotency_key="once") == second
+    assert publisher.publish_batch([]) == []
+
+
+def test_a_forked_process_has_a_connection_of_its_own(publisher: Publisher, server: Redis, opened: Open) -> None:
+    side = opened(server)
+    publisher.publish("a", "parent")
+    code = f"""
+import os
+from pushsvc.publisher import Publisher
+publisher = Publisher({server.url!r})
+publisher.publish("a", "before")
+child = os.fork()
+for number in range(50):
+    publisher.publish("a", f"{{'parent' if child else 'child'}}")
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+else:
+    os._exit(0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stderr
+    side.heard(102)
+    assert (data(side).count("child"), data(side).count("parent")) == (50, 51)
+
+
+# --- addresses
+
+
+@pytest.mark.parametrize(("url", "sentinels", "master", "db"), [
+    ("redis://127.0.0.1", (), "", 0), ("redis://u:p@host:6380/3", (), "", 3), ("rediss://host/1", (), "", 1),
+    ("valkey://host/2", (), "", 2), ("unix:///run/redis.sock?db=4", (), "", 4),
+    ("redis+sentinel://a:1,b:2/mymaster", (("a", 1), ("b", 2)), "mymaster", 0),
+    ("redis+sentinel://u:p@a,b:2/mymaster/5", (("a", 26379), ("b", 2)), "mymaster", 5),
+    ("rediss+sentinel://a/mymaster?sentinel_password=x&ssl_cert_reqs=none", (("a", 26379),), "mymaster", 0),
+    ("redis-sentinel://a,b/7#mymaster", (("a", 26379), ("b", 26379)), "mymaster", 7)])
+def test_addresses(url: str, sentinels: tuple[tuple[str, int], ...], master: str, db: int) -> None:
+    address = parse_address(url)
+    assert (address.sentinels, address.master, address.db) == (sentinels, master, db)
+
+
+@pytest.mark.parametrize("url", ["redis:", "redis://", "redis://host:port", "redis+sentinel://host", "http://host",
+                                 "redis+sentinel:///mymaster", "redis+sentinel://a/m/x"])
+def test_what_is_no_address_is_refused(url: str) -> None:
+    with pytest.raises(SettingsError):
+        parse_address(url)
+
+
+def test_passwords_are_in_no_message() -> None:
+    assert hide("redis://user:secret@host/0?password=secret2&x=1") == "redis://user:***@host/0?password=***&x=1"
+    with pytest.raises(SettingsError) as caught:
+        Settings(broker_url="http://user:secret@host")
+    assert "secret" not in str(caught.value)
