@@ -25,6 +25,7 @@ from pushsvc.views import events, problems, publish, status
 
 DESCRIPTORS_KEPT = 64  # for listeners, the log and its threads
 PROC, CGROUPS = Path("/proc/self"), Path("/sys/fs/cgroup")
+V1_MEMORY, V2_MEMORY = ("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "memory.current")
 MEMORY_USED = 0.9  # of the cgroup's limit; the rest is for publishes, and for what opens until the next look
 logger = logging.getLogger("pushsvc")
 
@@ -114,11 +115,11 @@ def _memory_cgroups(proc: Path, cgroups: Path) -> Iterator[tuple[Path, Path]]:
             if controllers and "memory" not in controllers.split(","):
                 continue
             top = cgroups / "memory" if controllers else cgroups
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+            limit, usage = V1_MEMORY if controllers else V2_MEMORY
             here = top / path.lstrip("/")
             for folder in [here, *here.parents]:
-                if folder.is_relative_to(top) and (folder / names[0]).exists():
-                    yield folder / names[0], folder / names[1]
+                if folder.is_relative_to(top) and (folder / limit).exists():
+                    yield folder / limit, folder / usage
 
 
 def _is_used_up(limit: Path, usage: Path) -> bool:
