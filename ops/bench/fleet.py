@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -54,6 +54,7 @@ class Seen:
     first_at: int = 0
     last_at: int = 0
     latency: Counter[int] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
 
     def add(self, answer: dict[str, Any]) -> None:
         for name in ("open", "ended", "failed", "events", "bytes", "reads", "disorder"):
@@ -62,18 +63,24 @@ class Seen:
         self.first_at = min(firsts, default=0)
         self.last_at = max(self.last_at, answer["last_at"])
         self.latency.update({int(bucket): count for bucket, count in answer["latency"].items()})
+        self.errors.update(answer["errors"])
 
     def percentile_ms(self, part: float) -> float | None:
         """The latency that `part` of the events did not exceed; None if there were none."""
-        left = part * sum(self.latency.values())
-        for bucket, count in sorted(self.latency.items()):
-            left -= count
-            if left <= 0:
-                return round(math.exp((bucket + 1) / BUCKETS_PER_E) / 1000, 2)
-        return None
+        return percentile_ms(self.latency, part)
 
     def latencies(self) -> dict[str, float | None]:
         return {"p50_ms": self.percentile_ms(0.5), "p99_ms": self.percentile_ms(0.99), "max_ms": self.percentile_ms(1)}
+
+
+def percentile_ms(latency: Mapping[int, int], part: float) -> float | None:
+    """The upper end of the bucket that `part` of the counts in `latency` do not exceed, in ms; None for no counts."""
+    left = part * sum(latency.values())
+    for bucket, count in sorted(latency.items()):
+        left -= count
+        if left <= 0 and count:
+            return round(math.exp((bucket + 1) / BUCKETS_PER_E) / 1000, 2)
+    return None
 
 
 def say_progress(text: str) -> None:
@@ -111,7 +118,7 @@ class Fleet:
         """Open `total` more streams, shared by the processes; return when each is open or has failed."""
         commands = []
         for place, share in enumerate(_shares(total, len(self._processes))):
-            about = asdict(target) | {"source": _source(target, place)}
+            about = asdict(target) | {"source": target.source or sources(target.host, place)}
             commands.append({"do": "open", "target": about, "count": share, "first": self._next,
                              "rate": rate * share / total})
             self._next += share
@@ -216,9 +223,10 @@ def _start(cores: Iterable[int] | None) -> subprocess.Popen[bytes]:
     return process
 
 
-def _source(target: Target, place: int) -> str:
-    if target.source or not target.host.startswith("127."):
-        return target.source
+def sources(host: str, place: int) -> str:
+    """The addresses of process number `place`, separated by commas; for another machine the kernel's choice."""
+    if not host.startswith("127."):
+        return ""
     return ",".join(f"127.{place // 250}.{turn}.{place % 250 + 2}" for turn in range(1, SOURCES + 1))
 
 

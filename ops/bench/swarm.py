@@ -51,7 +51,8 @@ Parsed = tuple[int, int, tuple[tuple[int, int, int, bool], ...], bytes]
 @dataclass(slots=True)
 class Stats:
     """What the streams of this process have seen since the last reset. first_at, last_at: when the first and the last
-    event came; latency: bucket -> events."""
+    event came; latency: bucket -> events; errors: what kept streams from opening -> how many (EADDRNOTAVAIL, status 503).
+    """
 
     events: int = 0
     bytes: int = 0
@@ -62,6 +63,7 @@ class Stats:
     first_at: int = 0
     last_at: int = 0
     latency: dict[int, int] = field(default_factory=dict)
+    errors: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,12 @@ class Swarm:
 
     def _connect(self, number: int) -> None:
         target = self._target
-        connection = socket.socket()
+        try:
+            connection = socket.socket()
+        except OSError as error:  # this process has no descriptor left
+            self._count_error(error.errno)
+            self._give_up(number)
+            return
         connection.setblocking(False)
         if self._sources:
             connection.setsockopt(socket.IPPROTO_IP, BIND_ADDRESS_NO_PORT, 1)
@@ -144,26 +151,41 @@ class Swarm:
         self._state[fd] = CONNECTING
         self._epoll.register(fd, select.EPOLLOUT)
         if code not in (0, errno.EINPROGRESS):
+            self._count_error(code)
             self._fail(fd)
+
+    def _give_up(self, number: int) -> None:
+        self.stats.failed += 1
 
     def _greet(self, fd: int) -> None:
         """Go on with a stream that is not open yet."""
         try:
             if self._state[fd] == CONNECTING:
-                os.write(fd, self._target.request(self._number[fd]))
+                os.write(fd, self._request(self._number[fd]))
                 self._state[fd] = ASKED
                 self._epoll.modify(fd, select.EPOLLIN)
                 return
             data = os.read(fd, READ)
-        except OSError:
-            data = b""
+        except OSError as error:
+            self._count_error(error.errno)
+            self._fail(fd)
+            return
         if not data.startswith(b"HTTP/1.1 200"):
+            self._count_error(f"status {data[9:12].decode('latin-1')}" if data else "hung up")
             self._fail(fd)
             return
         self._state[fd] = OPEN
         self.opening -= 1
         self.open_count += 1
         self._count(fd, data)
+
+    def _request(self, number: int) -> bytes:
+        """What asks for stream `number`."""
+        return self._target.request(number)
+
+    def _count_error(self, code: int | str | None) -> None:
+        name = code if isinstance(code, str) else errno.errorcode.get(code or 0, str(code))
+        self.stats.errors[name] = self.stats.errors.get(name, 0) + 1
 
     def _fail(self, fd: int) -> None:
         self.stats.failed += 1
@@ -305,7 +327,7 @@ def report(swarm: Swarm) -> dict[str, Any]:
     stats = swarm.stats
     return {"open": swarm.open_count, "ended": stats.ended, "failed": stats.failed, "events": stats.events,
             "bytes": stats.bytes, "reads": stats.reads, "disorder": stats.disorder, "first_at": stats.first_at,
-            "last_at": stats.last_at, "latency": stats.latency}
+            "last_at": stats.last_at, "latency": stats.latency, "errors": stats.errors}
 
 
 class Follower:

@@ -1,0 +1,396 @@
+"""The readers: one process that opens its share of a replay's streams when they are due, reads and verifies them, and
+ends them when they are due. A stream that breaks comes back with its last id, as an EventSource does.
+
+It is told what to do by JSON lines on standard input (see `main`), tells each second what it has seen, and at the end
+what went wrong. It ends with its standard input.
+"""
+
+from __future__ import annotations
+
+import gc
+import heapq
+import json
+import math
+import os
+import random
+import resource
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from swarm import AGAIN_SECONDS, BUCKETS_PER_E, IN_FLIGHT, READ, Swarm, Target
+
+from load.shape import Shape, Stream, expanded, read_shape
+from load.targets import FORMS, Form
+from load.verify import Book, Tally, Track, behind
+from load.wire import Read, WireError, read
+
+CACHE = 8192
+GRACE_SECONDS = 5.0  # what was due so shortly before a stream was ended may be on its way
+LEAST_SECONDS = 0.001  # every stream is opened before it is ended
+RETRY_SECONDS = 3.0  # an EventSource without a `retry:`
+TICK_SECONDS = 1.0
+TURN_SECONDS = 0.05
+HEAD_END = b"\r\n\r\n"
+CLOSE_IT, OPEN_IT, COME_BACK, BREAK_IT = range(4)  # at the same time, an end goes first
+
+
+@dataclass(slots=True)
+class Session:
+    """One stream of the shape. fd: -1 while it has none. due: from when on it should be open. chunked: None until its head has
+    come. text, raw: what is left of the last read. alive: between its opening and its end."""
+
+    stream: Stream
+    track: Track | None = None
+    last_id: bytes = b""
+    fd: int = -1
+    due: float = 0.0
+    retry: float = RETRY_SECONDS
+    chunked: bool | None = None
+    text: bytes = b""
+    raw: bytes = b""
+    alive: bool = False
+    waiting: bool = False
+
+
+@dataclass(slots=True)
+class Tick:
+    """What has happened since the last one. latency, opening: bucket -> events, streams."""
+
+    received: int = 0
+    opened: int = 0
+    resumed: int = 0
+    bytes: int = 0
+    gaps: int = 0
+    late: float = 0.0
+    latency: Counter[int] = field(default_factory=Counter)
+    opening: Counter[int] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
+
+
+class Readers(Swarm):
+    """The streams of one process. prefix: what the names of this replay's topics begin with. breaks: after how many
+    seconds, on average, a stream is broken and resumed; 0: never."""
+
+    def __init__(self, shape: Shape, mine: Callable[[Stream], bool], form: Form, target: Target, prefix: str,
+                 breaks: float, control: int) -> None:
+        super().__init__(control)
+        self.tick = Tick()
+        self.tally = Tally()
+        self._target = target
+        self._sources = target.source.split(",") if target.source else []
+        self._form = form
+        self._host = f"{target.host}:{target.port}"
+        self._prefix = prefix
+        self._breaks = breaks
+        self._events = shape.events
+        self._book = Book(shape.events)
+        self._sessions = [Session(stream) for stream in shape.streams if mine(stream)]
+        self._by_fd: dict[int, Session] = {}
+        self._left: dict[tuple[int, tuple[int, ...]], list[tuple[Session, float]]] = {}
+        self._latest: dict[tuple[int, tuple[int, ...]], Session] = {}
+        self._agenda: list[tuple[float, int, int]] = []
+        self._waiting: deque[int] = deque()
+        self._reads: tuple[dict[bytes, Read], dict[bytes, Read]] = ({}, {})
+        self._chance = random.Random(1)
+        self._begun = 0.0
+
+    # -- time
+
+    def begin(self, at: float) -> None:
+        """The replay begins at this time (monotonic, seconds)."""
+        self._begun = at
+        for number, session in enumerate(self._sessions):
+            self._agenda.append((session.stream.opened, OPEN_IT, number))
+            if session.stream.closed is not None:
+                closed = max(session.stream.closed, session.stream.opened + LEAST_SECONDS)
+                self._agenda.append((closed, CLOSE_IT, number))
+        heapq.heapify(self._agenda)
+
+    def now(self) -> float:
+        return time.monotonic() - self._begun
+
+    def work(self) -> None:
+        """Do what is due, and read what is there."""
+        now = self.now()
+        if self._agenda and self._agenda[0][0] <= now:
+            self.tick.late = max(self.tick.late, now - self._agenda[0][0])
+        while self._agenda and self._agenda[0][0] <= now:
+            at, what, number = heapq.heappop(self._agenda)
+            (self._end, self._open, self._back, self._break)[what](number, at)
+        while self._waiting and self.opening < IN_FLIGHT:
+            self._ask(self._waiting.popleft())
+        self.turn(min(TURN_SECONDS, max(0.0, self._agenda[0][0] - now)) if self._agenda else TURN_SECONDS)
+
+    def _open(self, number: int, at: float) -> None:
+        session = self._sessions[number]
+        session.alive = True
+        if session.stream.resumed:
+            self._take_over(session)
+        self._latest[_key(session)] = session
+        session.due = at
+        self._wait(number)
+
+    def _back(self, number: int, at: float) -> None:
+        session = self._sessions[number]
+        if session.alive and session.fd < 0 and not session.waiting:
+            self._wait(number)
+
+    def _take_over(self, session: Session) -> None:
+        """A stream that resumes goes on where the last one of the same client and topics has ended, or, if none has,
+        where another stands now."""
+        if left := self._left.get(_key(session)):
+            before, _ = left.pop()
+            session.track, session.last_id = before.track, before.last_id
+        elif (other := self._latest.get(_key(session))) and other.alive and other.track and other.last_id:
+            session.last_id = other.last_id
+            session.track = replace(other.track, nexts=dict(other.track.nexts), missing=set())
+
+    def _wait(self, number: int) -> None:
+        self._sessions[number].waiting = True
+        self._waiting.append(number)
+
+    def _ask(self, number: int) -> None:
+        session = self._sessions[number]
+        session.waiting = False
+        if session.alive:
+            if session.track is None:
+                session.track = Track(self._book.expected(session.stream.topics), self.now())
+            session.chunked, session.text, session.raw = None, b"", b""
+            self._connect(number)
+
+    def _end(self, number: int, at: float) -> None:
+        session = self._sessions[number]
+        session.alive = False
+        if session.fd >= 0:
+            self._drop(session.fd)
+        if session.track is not None:
+            self._left.setdefault(_key(session), []).append((session, at))
+
+    def _break(self, number: int, at: float) -> None:
+        session = self._sessions[number]
+        if session.alive and session.fd >= 0:
+            self._drop(session.fd)
+            session.due = self.now()
+            self._wait(number)
+
+    def _come_back(self, session: Session, number: int, seconds: float) -> None:
+        if session.alive:
+            heapq.heappush(self._agenda, (self.now() + seconds, COME_BACK, number))
+
+    # -- what the swarm calls
+
+    def _request(self, number: int) -> bytes:
+        session = self._sessions[number]
+        topics = [f"{self._prefix}{topic}" for topic in session.stream.topics]
+        return self._form.subscribe(self._host, topics, session.last_id)
+
+    def _give_up(self, number: int) -> None:
+        super()._give_up(number)
+        self._come_back(self._sessions[number], number, AGAIN_SECONDS)
+
+    def _fail(self, fd: int) -> None:
+        number = self._number[fd]
+        super()._fail(fd)
+        self._come_back(self._sessions[number], number, AGAIN_SECONDS)
+
+    def _count_error(self, code: int | str | None) -> None:
+        super()._count_error(code)
+        self.tick.errors.update(self.stats.errors)
+        self.stats.errors.clear()
+
+    def _read(self, fd: int) -> None:
+        try:
+            data = os.read(fd, READ)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if data:
+            self._count(fd, data)
+        else:
+            self._lost(fd, "broken off" if self._by_fd[fd].chunked else "ended")
+
+    def _count(self, fd: int, data: bytes) -> None:
+        """Take what has come; the head first."""
+        session = self._by_fd.get(fd) or self._seat(fd)
+        if not session.alive:  # its end was due before its head came
+            self._drop(fd)
+            return
+        self.tick.bytes += len(data)
+        if session.chunked is None:
+            head, end, data = (session.raw + data).partition(HEAD_END)
+            if not end:
+                session.raw = head
+                return
+            self._on_head(session, head)
+        try:
+            found = self._parsed(session, data)
+        except WireError:
+            self._lost(fd, "bad framing")
+            return
+        self._take(session, found)
+        if found.ended:
+            self._lost(fd, "ended")
+
+    def _seat(self, fd: int) -> Session:
+        session = self._by_fd[fd] = self._sessions[self._number[fd]]
+        session.fd = fd
+        return session
+
+    def _on_head(self, session: Session, head: bytes) -> None:
+        now, track = self.now(), session.track
+        assert track is not None, "it was asked for"
+        session.chunked, session.raw = b"transfer-encoding: chunked" in head.lower(), b""
+        track.since = min(track.since, now)
+        self.tick.opened += 1
+        self.tick.resumed += bool(session.last_id)
+        self.tick.opening[_bucket(now - session.due)] += 1
+        if self._breaks:
+            after = self._breaks * self._chance.uniform(0.5, 1.5)
+            heapq.heappush(self._agenda, (now + after, BREAK_IT, self._number[session.fd]))
+
+    def _parsed(self, session: Session, data: bytes) -> Read:
+        """Equal bytes are read once: a broadcast reaches all streams as the same bytes."""
+        assert session.chunked is not None, "its head has come"
+        if session.text or session.raw:
+            return read(data, session.chunked, session.text, session.raw)
+        cache = self._reads[session.chunked]
+        found = cache.get(data)
+        if found is None:
+            if len(cache) > CACHE:
+                cache.clear()
+            found = cache[data] = read(data, session.chunked)
+        return found
+
+    def _take(self, session: Session, found: Read) -> None:
+        session.text, session.raw = found.text, found.raw
+        if found.last_id is not None:
+            session.last_id = found.last_id
+        if found.retry is not None:
+            session.retry = found.retry / 1000
+        self.tick.gaps += found.gaps
+        if found.marks:
+            tally, track, latency = self.tally, session.track, self.tick.latency
+            assert track is not None, "it was asked for"
+            now = self.now()
+            self.tick.received += len(found.marks)
+            for due, number in found.marks:
+                tally.take(track, number)
+                latency[_bucket(now - max(due / 1e6, session.due))] += 1  # what was missed waited for the client
+
+    def _lost(self, fd: int, how: str) -> None:
+        """The server has ended a stream."""
+        number, session = self._number[fd], self._by_fd[fd]
+        self.tick.errors[how] += 1
+        session.due = self.now()
+        self._drop(fd)
+        self._come_back(session, number, session.retry)
+
+    def _drop(self, fd: int) -> None:
+        session = self._by_fd.pop(fd, None)
+        if session is not None:
+            session.fd = -1
+        super()._drop(fd)
+
+    # -- the end
+
+    def is_caught_up(self, until: float, failed: set[int]) -> bool:
+        """Whether all that live streams wait for has come, but for what was never published."""
+        for session in self._sessions:
+            if session.alive and session.track is not None:
+                order = session.track.expected.order
+                for lane, start, stop in behind(session.track, until):
+                    if not failed.issuperset(order[lane][start:stop]):
+                        return False
+        return True
+
+    def verdict(self, until: float, failed: set[int]) -> dict[str, Any]:
+        """What went wrong, all in all. until: the end; failed: events that were not published."""
+        for session in self._sessions:
+            if session.alive and session.track is not None:
+                self.tally.finish(session.track, until)
+        for session, closed in (each for left in self._left.values() for each in left):
+            if session.track is not None:
+                self.tally.finish(session.track, closed - GRACE_SECONDS)
+        lost = {number: count for number, count in self.tally.lost.items() if number not in failed}
+        replaced = sum(count for number, count in lost.items() if self._events[number].keep != "all")
+        tally = self.tally
+        return {"received": tally.received, "lost": sum(lost.values()) - replaced, "replaced": replaced,
+                "doubled": tally.doubled, "reordered": tally.reordered, "stray": tally.stray, "stale": tally.stale}
+
+    def take_tick(self) -> dict[str, Any]:
+        tick, self.tick = self.tick, Tick()
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return {"received": tick.received, "opened": tick.opened, "resumed": tick.resumed, "bytes": tick.bytes,
+                "gaps": tick.gaps, "late": tick.late, "latency": tick.latency, "opening": tick.opening,
+                "errors": tick.errors, "open": self.open_count, "cpu": usage.ru_utime + usage.ru_stime}
+
+
+def _key(session: Session) -> tuple[int, tuple[int, ...]]:
+    return session.stream.client, session.stream.topics
+
+
+def _bucket(seconds: float) -> int:
+    return int(math.log(max(1.0, seconds * 1e6)) * BUCKETS_PER_E)
+
+
+def made(order: dict[str, Any], control: int) -> Readers:
+    """The readers of process `place` of `places`: what they are told first (see `main`)."""
+    shape = expanded(read_shape(Path(order["shape"])), order["times"], order["speed"], order["spread"])
+    target = Target(order["host"], order["port"], "", order["source"])
+    return Readers(shape, lambda stream: stream.client % order["places"] == order["place"],
+                   FORMS[order["form"]](order["token"]), target, order["prefix"], order["breaks"], control)
+
+
+def say(answer: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """First line: what `made` needs, answered with `ready`. Then `begin` (a time), later `finish` (until, failed, and by
+    when, seconds since the beginning), answered with `verdict`."""
+    commands = os.fdopen(sys.stdin.fileno(), "rb", buffering=0)
+    line = commands.readline()
+    if not line:
+        return
+    readers = made(json.loads(line), commands.fileno())
+    gc.disable()  # nothing here goes in circles
+    gc.freeze()
+    say({"ready": True})
+    line = commands.readline()
+    if line:
+        readers.begin(json.loads(line)["begin"])
+        follow(readers, commands)
+    readers.close()
+
+
+def follow(readers: Readers, commands: Any) -> None:
+    """Until the verdict is told, or nobody listens any more."""
+    finish: dict[str, Any] | None = None
+    failed: set[int] = set()
+    told = looked = 0.0
+    while True:
+        readers.work()
+        now = readers.now()
+        if now - told >= TICK_SECONDS:
+            told = now
+            say({"tick": readers.take_tick()})
+        if readers.commanded:
+            readers.commanded = False
+            line = commands.readline()
+            if not line:
+                return
+            finish = json.loads(line)
+            failed = set(finish["failed"])
+        if finish and now - looked >= TICK_SECONDS / 5:
+            looked = now
+            if now >= finish["by"] or readers.is_caught_up(finish["until"], failed):
+                say({"tick": readers.take_tick()})
+                say({"verdict": readers.verdict(finish["until"], failed)})
+                return

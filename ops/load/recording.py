@@ -1,0 +1,100 @@
+"""The recordings of all workers of a service become one shape. Their format: pushsvc/recorder.py.
+
+An event that several workers have seen is one event, whose fan-outs are summed. A worker that was killed has a file
+without an end: its streams are taken to have ended with its last line. If a file was full, the shape ends there.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from load.shape import Event, Shape, ShapeError, Stream, numbered, shaped
+
+FORMAT = 1
+FULL, GONE = "full", "gone"
+
+
+@dataclass(slots=True)
+class _File:
+    """One worker's. ended: how, or "" if it was cut off; until: the time of its last line."""
+
+    rows: list[list[Any]] = field(default_factory=list)
+    since: float = 0.0
+    until: float = 0.0
+    ended: str = ""
+
+
+def read_recording(folder: Path) -> Shape:
+    """The shape that the files of a folder hold together. Raises ShapeError."""
+    files = [_read(path) for path in sorted(folder.glob("*.jsonl"))]
+    if not files:
+        raise ShapeError(f"{folder} has no recording (*.jsonl)")
+    begun = min(file.since for file in files)
+    until = min((file.until for file in files if file.ended == FULL), default=max(file.until for file in files))
+    streams = [stream for file in files for stream in _streams(file, begun, until)]
+    events = _events(files, begun, until)
+    return _renumbered(shaped(until - begun, streams, events, "recording"))
+
+
+def _read(path: Path) -> _File:
+    file = _File()
+    try:
+        lines = path.read_text().split("\n")
+        head = json.loads(lines[0])
+        if head[:2] != ["shape", FORMAT]:
+            raise ValueError("its first line is another")
+        file.since = file.until = head[2]
+        for line in lines[1:-1]:  # what follows the last line feed was cut off
+            _take(file, json.loads(line))
+    except (OSError, ValueError, TypeError, IndexError) as error:
+        raise ShapeError(f"{path} is no recording of format {FORMAT}: {error}") from None
+    return file
+
+
+def _take(file: _File, row: list[Any]) -> None:
+    if row[0] == "end":
+        file.ended = row[2]
+    else:
+        file.rows.append(row)
+    file.until = max(file.until, row[1])
+
+
+def _streams(file: _File, begun: float, until: float) -> list[Stream]:
+    ends = {row[2]: (row[1], row[3]) for row in file.rows if row[0] == "close"}
+    if not file.ended:
+        ends = {row[2]: (file.until, GONE) for row in file.rows if row[0] == "open"} | ends
+    found = []
+    for _, at, number, client, topics, resumed in (row for row in file.rows if row[0] == "open" and row[1] <= until):
+        closed, reason = ends.get(number, (None, ""))
+        over = closed is None or closed > until
+        found.append(Stream(max(0.0, at - begun), None if over else closed - begun, client, tuple(topics), bool(resumed),
+                            "" if over else reason))
+    return found
+
+
+def _events(files: list[_File], begun: float, until: float) -> list[Event]:
+    """Each once, whoever has seen it: sequence and time name it."""
+    seen: dict[tuple[int, float], list[Any]] = {}
+    for row in (row for file in files for row in file.rows if row[0] == "event" and begun <= row[1] <= until):
+        known = seen.get((row[2], row[1]))
+        if known is None:
+            seen[row[2], row[1]] = list(row)
+        else:
+            known[8] += row[8]
+    return [Event(row[1] - begun, tuple(row[3]), row[4], row[5], row[6], row[7], row[8]) for row in seen.values()]
+
+
+def _renumbered(shape: Shape) -> Shape:
+    """Numbers for the hashes, so that not even those stay."""
+    clients = numbered(each.client for each in shape.streams)
+    topics = numbered(topic for each in (*shape.streams, *shape.events) for topic in each.topics)
+    kinds = numbered(each.kind for each in shape.events if each.kind) | {"": 0}
+    keys = numbered(each.key for each in shape.events if each.key) | {"": 0}
+    streams = [Stream(each.opened, each.closed, clients[each.client], tuple(topics[name] for name in each.topics),
+                      each.resumed, each.reason) for each in shape.streams]
+    events = [Event(each.at, tuple(topics[name] for name in each.topics), each.bytes, kinds[each.kind], each.keep,
+                    keys[each.key], each.fan_out) for each in shape.events]
+    return Shape(shape.seconds, tuple(streams), tuple(events), shape.source)

@@ -1,0 +1,205 @@
+"""A replay: a shape as real streams and real events against a server, and what became of them."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import probe
+from fleet import PER_PROCESS, percentile_ms, sources
+from swarm import BUCKETS_PER_E
+
+from load.crew import Crew, Member
+from load.figures import figures, peak
+from load.shape import Shape, expanded, read_shape
+from load.watch import Watch
+
+FORMAT = 1
+LEAD_SECONDS = 1.0  # until all processes have been told when to begin
+LOOK_SECONDS = 1.0
+PERCENTILES = {"p50_ms": 0.5, "p90_ms": 0.9, "p99_ms": 0.99, "p999_ms": 0.999, "max_ms": 1.0}
+Progress = Callable[[str], None]
+Found = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to replay, and where. spread: see `expanded`. breaks: after how many seconds, on average, each stream is
+    broken and resumed; 0: never. processes: of readers. settle: how long the last events may take, seconds."""
+
+    shape: Path
+    host: str
+    port: int
+    form: str = "pushsvc"
+    token: str = ""
+    label: str = ""
+    speed: float = 1.0
+    times: int = 1
+    spread: float = 0.1
+    breaks: float = 0.0
+    processes: int = 2
+    settle: float = 15.0
+
+
+@dataclass(slots=True)
+class Second:
+    """One second of a replay. server_cpu: seconds of processor time; server_memory: bytes. latency: bucket -> events."""
+
+    open: int = 0
+    opened: int = 0
+    published: int = 0
+    received: int = 0
+    server_cpu: float = 0.0
+    server_memory: int = 0
+    latency: Counter[int] = field(default_factory=Counter)
+
+
+@dataclass(slots=True)
+class Log:
+    """What the crew has told. late: how late the sender and the readers were at worst, seconds."""
+
+    seconds: list[Second] = field(default_factory=list)
+    latency: Counter[int] = field(default_factory=Counter)
+    acknowledged: Counter[int] = field(default_factory=Counter)
+    opening: Counter[int] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
+    totals: Counter[str] = field(default_factory=Counter)
+    late: dict[str, float] = field(default_factory=dict)
+    cpu: dict[int, float] = field(default_factory=dict)
+    open: dict[int, int] = field(default_factory=dict)
+    failed: list[int] = field(default_factory=list)
+    verdicts: list[dict[str, int]] = field(default_factory=list)
+    sent: bool = False
+
+    def at(self, seconds: float) -> Second:
+        while len(self.seconds) <= int(seconds):
+            self.seconds.append(Second(open=sum(self.open.values())))
+        return self.seconds[int(seconds)]
+
+    def take(self, member: Member, answer: Found, now: float) -> None:
+        if "tick" in answer:
+            self._take_tick(member, answer["tick"], self.at(max(0.0, now - LOOK_SECONDS / 2)))
+        elif "sent" in answer:
+            self.sent, self.failed = True, answer["failed"]
+        elif "verdict" in answer:
+            self.verdicts.append(answer["verdict"])
+
+    def _take_tick(self, member: Member, tick: Found, second: Second) -> None:
+        self.cpu[member.pid] = tick["cpu"]
+        self.late[member.role] = max(self.late.get(member.role, 0.0), tick["late"])
+        self.errors.update(tick["errors"])
+        for name in ("published", "received", "opened"):
+            setattr(second, name, getattr(second, name) + tick.get(name, 0))
+        self.totals.update({name: tick.get(name, 0) for name in ("published", "received", "opened", "resumed", "gaps",
+                                                                 "bytes")})
+        for mine, its in ((self.latency, "latency"), (self.acknowledged, "acknowledged"), (self.opening, "opening"),
+                          (second.latency, "latency")):
+            mine.update({int(bucket): count for bucket, count in tick.get(its, {}).items()})
+        if "open" in tick:
+            self.open[member.pid] = tick["open"]
+            second.open = sum(self.open.values())
+
+
+def replay(plan: Plan, pids: list[int], progress: Progress, about: Found | None = None) -> Found:
+    """Run it; what was found, as the report takes it. pids: the server's, if it runs here. about: what else is to stand
+    in the report (versions). Raises ShapeError, CrewError."""
+    shape = expanded(read_shape(plan.shape), plan.times, plan.speed, plan.spread)
+    processes = max(plan.processes, math.ceil(peak(shape) / PER_PROCESS))
+    log = Log()
+    with Crew(_orders(plan, processes)) as crew:
+        progress(f"{len(shape.streams)} streams, {len(shape.events)} events in {shape.seconds:.0f} s")
+        crew.wait_ready()
+        watch, client = Watch(pids), Watch([os.getpid()])
+        begun = time.monotonic() + LEAD_SECONDS
+        for member in crew.members:
+            member.tell({"begin": begun})
+        _follow(crew, log, watch, shape, begun, plan.settle, progress)
+        log.cpu[0] = client.look()["cpu"]
+    return _found(plan, shape, log, processes, pids, about or {})
+
+
+def _orders(plan: Plan, processes: int) -> list[tuple[str, Found]]:
+    order = {"shape": str(plan.shape), "times": plan.times, "speed": plan.speed, "spread": plan.spread,
+             "form": plan.form, "token": plan.token, "host": plan.host, "port": plan.port,
+             "prefix": f"load-{os.getpid()}-{time.time_ns() // 1_000_000:x}-", "breaks": plan.breaks, "places": processes}
+    return [("sender", order), *(("readers", order | {"place": place, "source": sources(plan.host, place)})
+                                 for place in range(processes))]
+
+
+def _follow(crew: Crew, log: Log, watch: Watch, shape: Shape, begun: float, settle: float, progress: Progress) -> None:
+    """Take what the crew tells, once a second look at the server, and ask for the verdict when all has been sent."""
+    readers, asked = crew.of("readers"), False
+    while len(log.verdicts) < len(readers):
+        for member, answer in crew.said(LOOK_SECONDS):
+            log.take(member, answer, time.monotonic() - begun)
+        now = time.monotonic() - begun
+        look = watch.look()
+        if now < 0:
+            continue
+        second = log.at(now)
+        second.server_cpu, second.server_memory = look["cpu"], int(look["memory"])
+        progress(_line(log, now, shape))
+        if log.sent and not asked and now >= shape.seconds:
+            asked = True
+            for member in readers:
+                member.tell({"until": shape.seconds + 1, "failed": log.failed, "by": now + settle})
+
+
+def _line(log: Log, now: float, shape: Shape) -> str:
+    second = log.at(max(0.0, now - 1))
+    return (f"{now:5.0f} of {shape.seconds:.0f} s  {sum(log.open.values())} streams  {second.published} events/s  "
+            f"{second.received} deliveries/s  p99 {percentile_ms(second.latency, 0.99)} ms  "
+            f"errors {sum(log.errors.values())}")
+
+
+def _found(plan: Plan, shape: Shape, log: Log, processes: int, pids: list[int], about: Found) -> Found:
+    wrong = Counter[str]()
+    for verdict in log.verdicts:
+        wrong.update(verdict)
+    failed = sum(count for error, count in log.errors.items() if error.startswith("publish")) or len(log.failed)
+    totals = {"streams": len(shape.streams), "events": len(shape.events), **log.totals, "failed": failed}
+    return {
+        "load": FORMAT, "kind": "replay", "label": plan.label or plan.form, "at": probe.now(), "machine": probe.machine(),
+        "settings": {"shape": plan.shape.name, "server": plan.form, "speed": plan.speed, "times": plan.times,
+                     "spread": plan.spread, "breaks": plan.breaks, "readers": processes, "settle": plan.settle},
+        "about": about, "shape": figures(shape), "totals": totals, "wrong": dict(wrong),
+        "verdict": verdict_of(wrong, totals), "errors": dict(log.errors.most_common()),
+        "latency": percentiles(log.latency), "acknowledged": percentiles(log.acknowledged),
+        "opening": percentiles(log.opening), "histogram": _histogram(log.latency),
+        "late_ms": {role: round(seconds * 1000, 1) for role, seconds in log.late.items()},
+        "client_cpu_seconds": round(sum(log.cpu.values()), 2),
+        "server_cpu_seconds": round(sum(second.server_cpu for second in log.seconds), 2) if pids else None,
+        "seconds": [_second(number, second, bool(pids)) for number, second in enumerate(log.seconds)]}
+
+
+def verdict_of(wrong: Counter[str], totals: Found) -> dict[str, bool]:
+    """complete: every stream got every event that was acknowledged. ordered: each once, in order, and none of others."""
+    return {"complete": wrong["lost"] == 0 and totals["received"] > 0,
+            "ordered": not any(wrong[name] for name in ("doubled", "reordered", "stray", "stale")),
+            "published": totals["failed"] == 0}
+
+
+def percentiles(latency: Counter[int]) -> dict[str, float | None]:
+    return {name: percentile_ms(latency, part) for name, part in PERCENTILES.items()}
+
+
+def _histogram(latency: Counter[int]) -> list[tuple[float, int]]:
+    """Upper ends in ms, doubling, and how many events are under each and over the one before."""
+    found = Counter[int]()
+    for bucket, count in latency.items():
+        found[max(0, math.ceil(math.log2(math.exp((bucket + 1) / BUCKETS_PER_E) / 125)))] += count
+    return [(0.125 * 2**place, found[place]) for place in range(max(found, default=-1) + 1)]
+
+
+def _second(number: int, second: Second, local: bool) -> Found:
+    return {"at": number, "open": second.open, "opened": second.opened, "published": second.published,
+            "received": second.received, "p50_ms": percentile_ms(second.latency, 0.5),
+            "p99_ms": percentile_ms(second.latency, 0.99), "max_ms": percentile_ms(second.latency, 1.0),
+            "server_cpu": round(second.server_cpu, 3) if local else None,
+            "server_memory": second.server_memory if local else None}

@@ -1,0 +1,126 @@
+"""Whether a stream gets what it should: each event of its topics while it is open, once, in order. Pure.
+
+Events whose first topic is the same are published one after the other: a lane. Within a lane the order is known. What is
+not `keep=all` may be replaced or dropped by the service; that is counted apart.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from math import inf
+
+from load.shape import Event
+
+STALE_SECONDS = 5.0  # an event that was due so long before a stream was asked for is none of its own
+
+
+@dataclass(slots=True)
+class Expected:
+    """The events of some topics. where: event -> its lane and place there. order, dues: of each lane, the events and
+    when they are due."""
+
+    where: dict[int, tuple[int, int]] = field(default_factory=dict)
+    order: dict[int, list[int]] = field(default_factory=dict)
+    dues: dict[int, list[float]] = field(default_factory=dict)
+
+    def add(self, number: int, event: Event) -> None:
+        lane = event.topics[0]
+        places = self.order.setdefault(lane, [])
+        self.where[number] = lane, len(places)
+        places.append(number)
+        self.dues.setdefault(lane, []).append(event.at)
+
+
+class Book:
+    """What each set of topics is to get, of these events in the order in which they are due."""
+
+    def __init__(self, events: Sequence[Event]) -> None:
+        self._events = events
+        self._known: dict[tuple[int, ...], Expected] = {}
+        self._by_topic: dict[int, list[int]] = {}
+        for number, event in enumerate(events):
+            for topic in event.topics:
+                self._by_topic.setdefault(topic, []).append(number)
+
+    def expected(self, topics: tuple[int, ...]) -> Expected:
+        if topics not in self._known:
+            expected = self._known[topics] = Expected()
+            for number in sorted({number for topic in topics for number in self._by_topic.get(topic, ())}):
+                expected.add(number, self._events[number])
+        return self._known[topics]
+
+
+@dataclass(slots=True)
+class Track:
+    """One client's way through its events, over all reconnects that resume. asked: when it asked for its stream;
+    since: from when on nothing may be missing, its head was there; both seconds since the beginning. nexts: the place in
+    each lane that comes next; none as long as nothing came. missing: what was passed over."""
+
+    expected: Expected
+    asked: float = 0.0
+    since: float = inf
+    nexts: dict[int, int] = field(default_factory=dict)
+    missing: set[int] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class Tally:
+    """What went wrong. lost: event -> how many streams missed it. doubled, reordered: events that came again, or after a
+    later one. stray: of other topics; stale: from before the stream."""
+
+    received: int = 0
+    doubled: int = 0
+    reordered: int = 0
+    stray: int = 0
+    stale: int = 0
+    lost: Counter[int] = field(default_factory=Counter)
+
+    def take(self, track: Track, number: int) -> None:
+        """Event `number` came."""
+        self.received += 1
+        place = track.expected.where.get(number)
+        if place is None:
+            self.stray += 1
+            return
+        lane, at = place
+        due = track.nexts.get(lane, -1)
+        if due == at:
+            track.nexts[lane] = at + 1
+        elif due < 0:
+            self._take_first(track, lane, at)
+        elif at > due:
+            track.missing.update(track.expected.order[lane][due:at])
+            track.nexts[lane] = at + 1
+        elif number in track.missing:
+            track.missing.discard(number)
+            self.reordered += 1
+        else:
+            self.doubled += 1
+
+    def _take_first(self, track: Track, lane: int, at: int) -> None:
+        dues = track.expected.dues[lane]
+        first = bisect_right(dues, track.since)
+        if dues[at] < track.asked - STALE_SECONDS:
+            self.stale += 1
+        track.missing.update(track.expected.order[lane][first:at])
+        track.nexts[lane] = at + 1
+
+    def finish(self, track: Track, until: float) -> None:
+        """The track is over: what was due before `until` should have come."""
+        for lane, start, stop in behind(track, until):
+            track.missing.update(track.expected.order[lane][start:stop])
+        self.lost.update(track.missing)
+        track.missing.clear()
+
+
+def behind(track: Track, until: float) -> Iterable[tuple[int, int, int]]:
+    """The lanes in which events due before `until` have not come: lane, first place, place after the last."""
+    for lane, dues in track.expected.dues.items():
+        start = track.nexts.get(lane, -1)
+        start = bisect_right(dues, track.since) if start < 0 else start
+        stop = bisect_left(dues, until)
+        if start < stop:
+            yield lane, start, stop
