@@ -74,7 +74,8 @@ class SqliteBroker(Broker):
         self._done: deque[_Append] = deque()
         self._wake = Signal()
         self._log: Log | None = None
-        self._last = Position("", 0)
+        self._last = self._head = Position("", 0)
+        self._head_turn = 0.0  # the turn of the loop in which it was read: nobody has heard of anything since
         self._look_at = 0.0
         self._doorbell: Doorbell | None = None
         self._ringing: Any = None
@@ -111,10 +112,14 @@ class SqliteBroker(Broker):
 
     def head(self) -> Position:
         log = self._open()
-        try:
-            return Position(log.epoch, log.last())
-        except _Failure as error:
-            raise self._unavailable("read", error) from error
+        turn = self._loop.now()
+        if self._head_turn != turn:
+            try:
+                self._head = Position(log.epoch, log.last())
+            except _Failure as error:
+                raise self._unavailable("read", error) from error
+            self._head_turn = turn
+        return self._head
 
     def history(self, topics: Sequence[str], after: int, limit: int) -> Page:
         try:
@@ -166,6 +171,7 @@ class SqliteBroker(Broker):
                 raise self._unavailable("open", error) from error
             if head.epoch != self._last.epoch or head.seq < self._last.seq:
                 self._last = head
+                self._head_turn = 0.0
                 self._reset(head)
         return self._log
 
