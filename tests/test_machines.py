@@ -3,9 +3,12 @@ of several, and what fails is told. The configurations are those that ops/machin
 
 import contextlib
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import gevent
 import pytest
@@ -16,6 +19,7 @@ from tests.support.fire import seq_of
 from tests.support.machines import (
     PASSWORD,
     PATIENCE,
+    SHIPPED,
     Balancer,
     Fronts,
     Listener,
@@ -25,6 +29,7 @@ from tests.support.machines import (
     Sentinel,
     net,
     place_of,
+    program,
 )
 from tests.support.reader import Message
 from tests.support.wait import eventually
@@ -346,3 +351,22 @@ def knows_all(sentinel: Sentinel) -> bool:
     with contextlib.closing(sentinel.client()) as client:
         master = client.sentinel_master("mymaster")
     return (master["num-slaves"], master["num-other-sentinels"]) == (1, 2)
+
+
+# --- What is shipped beside the configurations -----------------------------------------------------------
+
+
+def test_memory_per_event_is_measured_and_a_smaller_node_makes_small_topics_cheaper() -> None:
+    program("redis-server")
+    small, large = (memory("--events", "2000", "--topics", "100", "--node-bytes", str(size)) for size in (512, 4096))
+    for found in small[:4]:
+        assert found["of_data"] < found["bytes_each"] < 20 * found["of_data"]
+    assert "1 in each" in small[3]["what"]
+    assert small[3]["bytes_each"] < large[3]["bytes_each"] / 3
+    assert "stream-node-max-bytes 512\n" in (SHIPPED / "redis.conf").read_text()
+
+
+def memory(*options: str) -> list[dict[str, Any]]:
+    command = [sys.executable, str(SHIPPED / "memory.py"), "--json", *options]
+    found: list[dict[str, Any]] = json.loads(subprocess.run(command, check=True, capture_output=True, timeout=60).stdout)
+    return found
