@@ -1,13 +1,16 @@
 #!/usr/bin/env python
-"""What a publish costs, measured on the real service: it is started here, on its embedded log, and ended afterwards.
+"""What a publish costs, measured on the real service: it is started here, on its embedded log or on a Redis that is
+started as well, and ended afterwards.
 
   latency   single publishes at a fixed rate, each counted from when it was due (not from when it was sent, which would
             hide a stall) to when each subscriber had it
+  singles   single publishes per second, each connection's next when its last is answered
   batches   events per second that NDJSON batches put into the log
   cpu       processor time of the workers per single publish, beside that of a Flask route that does nothing under the
             same gunicorn configuration; measured in turns, because a machine is not equally fast all the time
 
-Needs what the service needs, and nothing else. The figures hold for the machine, and for what else it did meanwhile.
+With --broker sqlite,redis each measurement is made with the one and then with the other. Needs what the service needs,
+for Redis a redis-server, and nothing else. The figures hold for the machine, and for what else it did meanwhile.
 """
 
 from __future__ import annotations
@@ -37,10 +40,10 @@ import gevent
 from gevent import socket as green
 
 ROOT = Path(__file__).resolve().parents[2]
-MEASUREMENTS = ("latency", "batches", "cpu")
-BATCHES_TARGET = 30_000  # events/s
+MEASUREMENTS = ("latency", "singles", "batches", "cpu")
+SQLITE, REDIS = "sqlite", "redis"
+BATCHES_TARGET = {SQLITE: 30_000, REDIS: 15_000}  # events/s
 CPU_TARGET = 2.5  # times the route that does nothing
-TOPICS = 10  # of the latency measurement
 BATCH_TOPICS = 100
 START_SECONDS = 30
 ANSWER_SECONDS = 30
@@ -78,15 +81,20 @@ worker_class = "gevent"
 
 
 class Service:
-    """One gunicorn master and its workers on a port of 127.0.0.1, ready when the block begins, gone after it."""
+    """One gunicorn master and its workers on a port of 127.0.0.1, ready when the block begins, gone after it.
 
-    def __init__(self, arguments: Sequence[str], folder: Path, workers: int) -> None:
+    log_url: of its log. keeper: the process that keeps the log, if that is another one.
+    """
+
+    def __init__(self, arguments: Sequence[str], folder: Path, workers: int, log_url: str = "memory:",
+                 keeper: int | None = None) -> None:
         self.address = ("127.0.0.1", free_port())
+        self._keeper = keeper
         self._log = folder / f"{self.address[1]}.log"
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PUSHSVC_", "GUNICORN_"))}
         environment = inherited | {
             "PUSHSVC_BIND": "{}:{}".format(*self.address),
-            "PUSHSVC_BROKER_URL": f"sqlite:{folder / 'bench.db'}",
+            "PUSHSVC_BROKER_URL": log_url,
             "WEB_CONCURRENCY": str(workers),
             "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]),
         }
@@ -116,6 +124,10 @@ class Service:
         """User and system time of all workers so far."""
         return sum(cpu_ticks(pid) for pid in self.worker_pids()) / TICKS
 
+    def keeper_cpu_seconds(self) -> float:
+        """The same of the log's own process; 0 if it has none."""
+        return cpu_ticks(self._keeper) / TICKS if self._keeper else 0.0
+
     def worker_pids(self) -> list[int]:
         master = self._master.pid
         return [int(pid) for pid in Path(f"/proc/{master}/task/{master}/children").read_text().split()]
@@ -131,9 +143,31 @@ class Service:
 
 
 @contextmanager
-def started(workers: int) -> Iterator[Service]:
-    with folder() as place, Service(["-c", str(ROOT / "gunicorn.conf.py"), "wsgi:app"], place, workers) as service:
+def started(options: argparse.Namespace) -> Iterator[Service]:
+    arguments = ["-c", str(ROOT / "gunicorn.conf.py"), "wsgi:app"]
+    with folder() as place, log_of(options.broker, place) as (url, keeper), \
+            Service(arguments, place, options.workers, url, keeper) as service:
         yield service
+
+
+@contextmanager
+def log_of(broker: str, place: Path) -> Iterator[tuple[str, int | None]]:
+    """The URL of an empty log, and the pid of the process that keeps it. Redis as ops/machines/ sets it up."""
+    if broker == SQLITE:
+        yield f"sqlite:{place / 'bench.db'}", None
+        return
+    program, port = shutil.which("redis-server"), free_port()
+    if program is None:
+        sys.exit("redis-server is not installed")
+    process = subprocess.Popen(
+        [program, "--port", str(port), "--bind", "127.0.0.1", "--dir", str(place), "--save", "", "--appendonly", "yes",
+         "--appendfsync", "everysec", "--stream-node-max-bytes", "512"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        yield f"redis://127.0.0.1:{port}/0", process.pid
+    finally:
+        process.terminate()
+        process.wait(ANSWER_SECONDS)
 
 
 @contextmanager
@@ -222,14 +256,15 @@ def drive(address: tuple[str, int], requests: Sequence[bytes], connections: int)
 class Subscribers:
     """Streams that note, for each event, how long after its due time it was there."""
 
-    def __init__(self, address: tuple[str, int], count: int, watch: Callable[[socket.socket], None]) -> None:
+    def __init__(self, address: tuple[str, int], count: int, topics: int,
+                 watch: Callable[[socket.socket], None]) -> None:
         self.latencies: list[float] = []
         self.due: list[float] = []
         self._rests: dict[int, bytes] = {}
         self._sockets = {}
         for number in range(count):
             connection = socket.create_connection(address, timeout=ANSWER_SECONDS)
-            target = f"/events?topic=bench-{number % TOPICS}"
+            target = f"/events?topic=bench-{number % topics}"
             connection.sendall(f"GET {target} HTTP/1.1\r\nHost: {address[0]}\r\n\r\n".encode())
             rest = b""
             while b"\nretry: " not in rest:
@@ -288,9 +323,10 @@ class Publishers:
 
 
 def measure_latency(options: argparse.Namespace) -> dict[str, Any]:
-    with started(options.workers) as service:
+    with started(options) as service:
         polled = select.epoll()
-        subscribers = Subscribers(service.address, options.streams, lambda each: polled.register(each, select.EPOLLIN))
+        subscribers = Subscribers(service.address, options.streams, options.topics,
+                                  lambda each: polled.register(each, select.EPOLLIN))
         publishers = Publishers(service.address, options.connections, lambda each: polled.register(each, select.EPOLLIN))
         late = publish_at_rate(service.address, options, polled, subscribers, publishers)
         subscribers.close()
@@ -298,7 +334,7 @@ def measure_latency(options: argparse.Namespace) -> dict[str, Any]:
         polled.close()
     latencies = sorted(subscribers.latencies)
     return {"publishes_per_second": options.rate, "seconds": options.seconds, "streams": options.streams,
-            "topics": TOPICS, "connections": options.connections, "received": len(latencies),
+            "topics": options.topics, "connections": options.connections, "received": len(latencies),
             "p50_ms": at(latencies, 0.5), "p99_ms": at(latencies, 0.99), "max_ms": at(latencies, 1.0),
             "client_late_max_ms": round(late * 1000, 2)}
 
@@ -308,8 +344,9 @@ def publish_at_rate(address: tuple[str, int], options: argparse.Namespace, polle
     """Publish each event when it is due, whatever became of the one before, and read until every subscriber has all;
     by how many seconds the latest was sent late."""
     count = int(options.rate * options.seconds)
-    requests = [publish_request(address, f"bench-{number % TOPICS}", f"{number} {DATA}") for number in range(count)]
-    expected = sum(len(range(number % TOPICS, options.streams, TOPICS)) for number in range(count))
+    requests = [publish_request(address, f"bench-{number % options.topics}", f"{number} {DATA}")
+                for number in range(count)]
+    expected = sum(len(range(number % options.topics, options.streams, options.topics)) for number in range(count))
     begun = time.perf_counter() + 0.1
     subscribers.due = [begun + number / options.rate for number in range(count)]
     deadline = begun + options.seconds + ANSWER_SECONDS
@@ -334,6 +371,21 @@ def at(sorted_seconds: Sequence[float], part: float) -> float:
     return round(sorted_seconds[min(len(sorted_seconds) - 1, int(part * len(sorted_seconds)))] * 1000, 2)
 
 
+# --- Singles ---------------------------------------------------------------------------------------------
+
+
+def measure_singles(options: argparse.Namespace) -> dict[str, Any]:
+    with started(options) as service:
+        request = publish_request(service.address, "bench", DATA)
+        drive(service.address, [request] * WARM_UP_REQUESTS, options.connections)
+        before, keeper = service.cpu_seconds(), service.keeper_cpu_seconds()
+        took = drive(service.address, [request] * options.singles, options.connections)
+        cpu, keeper = service.cpu_seconds() - before, service.keeper_cpu_seconds() - keeper
+    return {"requests": options.singles, "connections": options.connections, "seconds": round(took, 2),
+            "publishes_per_second": round(options.singles / took), "cpu_us": round(cpu / options.singles * 1e6, 1),
+            "keeper_cpu_us": round(keeper / options.singles * 1e6, 1)}
+
+
 # --- Batches ---------------------------------------------------------------------------------------------
 
 
@@ -342,17 +394,18 @@ def measure_batches(options: argparse.Namespace) -> dict[str, Any]:
              for number in range(options.batch)]
     body = "\n".join(lines).encode() + b"\n"
     batches = options.events // options.batch
-    with started(options.workers) as service:
+    with started(options) as service:
         request = request_of(service.address, "application/x-ndjson", body)
         drive(service.address, [request] * 4, 4)
-        before = service.cpu_seconds()
+        before, keeper = service.cpu_seconds(), service.keeper_cpu_seconds()
         took = drive(service.address, [request] * batches, 4)
-        cpu = service.cpu_seconds() - before
-    rate = batches * options.batch / took
+        cpu, keeper = service.cpu_seconds() - before, service.keeper_cpu_seconds() - keeper
+    rate, target = batches * options.batch / took, BATCHES_TARGET[options.broker]
     return {"events": batches * options.batch, "events_per_batch": options.batch, "bytes_per_event": len(lines[-1]),
             "topics": BATCH_TOPICS, "connections": 4, "seconds": round(took, 2), "events_per_second": round(rate),
             "cpu_us_per_event": round(cpu / (batches * options.batch) * 1e6, 1),
-            "target": BATCHES_TARGET, "met": rate >= BATCHES_TARGET}
+            "keeper_cpu_us_per_event": round(keeper / (batches * options.batch) * 1e6, 1),
+            "target": target, "met": rate >= target}
 
 
 # --- CPU -------------------------------------------------------------------------------------------------
@@ -369,7 +422,7 @@ class Round:
 
 
 def measure_cpu(options: argparse.Namespace) -> dict[str, Any]:
-    with started(options.workers) as service, started_noop(options.workers) as noop:
+    with started(options) as service, started_noop(options.workers) as noop:
         for each in (service, noop):
             cpu_per_request(each, WARM_UP_REQUESTS, options.connections)
         rounds = [Round(cpu_per_request(service, options.requests, options.connections),
@@ -405,8 +458,12 @@ machine   {cores} cores, Python {python}, Linux {kernel}, load {load_average} be
 latency   p50 {p50_ms} ms, p99 {p99_ms} ms, max {max_ms} ms from due to received
           {publishes_per_second:g} publishes/s for {seconds:g} s over {connections} connections; {streams} streams,
           {topics} topics ({received} received; this client was at most {client_late_max_ms} ms late)""",
+    "singles": """\
+singles   {publishes_per_second} publishes/s; CPU of the workers {cpu_us} us each, of the log's process {keeper_cpu_us} us
+          {requests} publishes over {connections} connections""",
     "batches": """\
-batches   {events_per_second} events/s, {cpu_us_per_event} us of the workers' CPU each (target {target}: {verdict})
+batches   {events_per_second} events/s (target {target}: {verdict})
+          CPU of the workers {cpu_us_per_event} us each, of the log's process {keeper_cpu_us_per_event} us
           {events} events of {bytes_per_event} bytes, {events_per_batch} a batch, over {connections} connections""",
     "cpu": """\
 cpu       {publish_us} us per publish, {noop_us} us per request to a route that does nothing: {ratio} times
@@ -415,7 +472,8 @@ cpu       {publish_us} us per publish, {noop_us} us per request to a route that 
 
 
 def text_of(name: str, found: dict[str, Any]) -> str:
-    return TEXTS[name].format(**found, verdict="met" if found.get("met") else "MISSED")
+    text = TEXTS[name].format(**found, verdict="met" if found.get("met") else "MISSED")
+    return f"{text}\n          on {found['broker']}" if "broker" in found else text
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -424,11 +482,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("measure", nargs="*", metavar="measurement",
                         help=f"{', '.join(MEASUREMENTS)}; all if none is named")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.add_argument("--broker", default=SQLITE, help="sqlite, redis, or sqlite,redis: the one after the other "
+                        "(default %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="workers of the service (default %(default)s)")
     parser.add_argument("--connections", type=int, default=8, help="of publishers, but for batches (default %(default)s)")
     parser.add_argument("--rate", type=float, default=500, help="latency: publishes per second (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=10, help="latency: for how long (default %(default)s)")
     parser.add_argument("--streams", type=int, default=100, help="latency: subscribers (default %(default)s)")
+    parser.add_argument("--topics", type=int, default=10, help="latency: of the subscribers (default %(default)s)")
+    parser.add_argument("--singles", type=int, default=10_000, help="singles: how many in all (default %(default)s)")
     parser.add_argument("--events", type=int, default=200_000, help="batches: how many in all (default %(default)s)")
     parser.add_argument("--batch", type=int, default=500, help="batches: events of each (default %(default)s)")
     parser.add_argument("--requests", type=int, default=5000, help="cpu: of each round (default %(default)s)")
@@ -436,19 +498,26 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if unknown := set(options.measure) - set(MEASUREMENTS):
         parser.error(f"{', '.join(sorted(unknown))}: the measurements are {', '.join(MEASUREMENTS)}")
+    options.brokers = options.broker.split(",")
+    if unknown := set(options.brokers) - {SQLITE, REDIS}:
+        parser.error(f"{', '.join(sorted(unknown))}: the brokers are {SQLITE} and {REDIS}")
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    measure = {"latency": measure_latency, "batches": measure_batches, "cpu": measure_cpu}
+    measure = {"latency": measure_latency, "singles": measure_singles, "batches": measure_batches, "cpu": measure_cpu}
     results: dict[str, Any] = {"machine": machine()}
     if not options.json:
         print(text_of("machine", results["machine"]), flush=True)
     for name in options.measure or MEASUREMENTS:
-        results[name] = measure[name](options)
-        if not options.json:
-            print(text_of(name, results[name]), flush=True)
+        results[name] = []
+        for broker in options.brokers:
+            options.broker = broker
+            found = {"broker": broker} | measure[name](options)
+            results[name].append(found)
+            if not options.json:
+                print(text_of(name, found), flush=True)
     if options.json:
         print(json.dumps(results, indent=2))
 
