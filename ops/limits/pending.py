@@ -1,0 +1,53 @@
+"""1. Pending connections: a queue that is shorter than the storm of clients that return."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from stage import Crowd, Service, Show, counters, leave_network, service, set_sysctl
+
+SMALL, LARGE = 64, 4096  # somaxconn
+FEW = 32
+BUSY_SECONDS = 0.5  # in which the worker accepts nothing, as one does that starts or has very much to do
+PROMPT_SECONDS = 1.0  # a client that finds no place tries again after one second
+PATIENCE_SECONDS = 15.0
+
+
+def run(streams: int = 2000) -> Show:
+    leave_network()
+    show = Show(1, "pending connections")
+    set_sysctl("net.core.somaxconn", str(SMALL))
+    with service() as small:
+        before = show.add("before", f"somaxconn {SMALL}, {FEW} clients at once", **_storm(small, FEW))
+        symptom = show.add("symptom", f"somaxconn {SMALL}, {streams} clients at once", **_storm(small, streams))
+    set_sysctl("net.core.somaxconn", str(LARGE))  # it counts from the next listen(2)
+    with service() as large:
+        after = show.add("after", f"somaxconn {LARGE}, {streams} clients at once", **_storm(large, streams))
+    show.notes.append(f"the worker was stopped for {BUSY_SECONDS} s while they came; PUSHSVC_BACKLOG was 4096 throughout")
+    show.shown = (before["ListenOverflows"] == after["ListenOverflows"] == 0 < symptom["ListenOverflows"]
+                  and after["open"] == streams
+                  and after["answered_within_1_s"] > symptom["answered_within_1_s"])
+    return show
+
+
+def _storm(found: Service, count: int) -> dict[str, float]:
+    """That many clients come while the worker is busy."""
+    (worker,) = found.workers()
+    begun = counters()
+    with Crowd() as crowd:
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            crowd.come([f"/events?topic=t{number}" for number in range(count)])
+            crowd.hear(BUSY_SECONDS)
+        finally:
+            os.kill(worker, signal.SIGCONT)
+        woken = time.monotonic()
+        crowd.wait(PATIENCE_SECONDS)
+        for client in crowd.clients:
+            client.seconds = max(0.001, client.begun + client.seconds - woken)
+        ended = counters()
+        told = {"clients": count, "open": crowd.opened(), "answered_within_1_s": crowd.answered_within(PROMPT_SECONDS),
+                "last_answer_s": crowd.slowest()}
+    return told | {name: ended[name] - begun[name] for name in ("ListenOverflows", "ListenDrops")}
