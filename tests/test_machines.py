@@ -316,14 +316,15 @@ def test_redis_that_comes_back_empty_costs_one_gap_and_no_stream_and_ids_go_on(f
         assert place_of(told.last_event_id) > place_of(seen)
 
 
-def test_a_failover_by_sentinel_costs_one_gap_and_no_stream(machines: dict[str, Machine], fronts: Fronts, log: Log,
-                                                            tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["killed", "cut off"])
+def test_a_failover_by_sentinel_costs_one_gap_and_no_stream(way: str, machines: dict[str, Machine], fronts: Fronts,
+                                                            log: Log, tmp_path: Path) -> None:
     """The service starts anew for it, and finds its Redis by Sentinel."""
     with contextlib.ExitStack() as stack:
         replica = stack.enter_context(Log(tmp_path / "replica", machines["redis2"],
                                           args=["--replicaof", f"{log.host} {log.port}"]))
         sentinels = [stack.enter_context(Sentinel(tmp_path / f"sentinel-{name}", machines[name], log))
-                     for name in ("redis1", "redis2", "front1")]
+                     for name in ("proxy", "redis2", "front1")]
         with contextlib.closing(log.client()) as client:
             client.config_set("repl-diskless-sync-delay", 0)
         with contextlib.closing(replica.client()) as client:
@@ -331,18 +332,21 @@ def test_a_failover_by_sentinel_costs_one_gap_and_no_stream(machines: dict[str, 
         eventually(lambda: all(knows_all(each) for each in sentinels), PATIENCE, message="the Sentinels know all")
         stack.callback(fronts.__enter__)
         stack.callback(log.start)
+        stack.callback(log.kill)
+        stack.callback(machines["redis1"].join)
         fronts.__exit__(None, None, None)
         hosts = ",".join(f"{each.host}:{each.port}" for each in sentinels)
         url = f"redis+sentinel://pushsvc:{PASSWORD}@{hosts}/mymaster/0"
+        fault = {"killed": log.kill, "cut off": machines["redis1"].cut}[way]
         with Fronts(tmp_path / "fronts", fronts_of(machines), machines["proxy"], url) as again:
-            outcome = endure(again.url, "sentinel failover", lambda: promote(log, replica))
+            outcome = endure(again.url, f"sentinel failover, master {way}", lambda: promote(fault, replica))
             assert set(outcome.gaps) == {1}, outcome.gaps
             assert {gap["reason"] for listener in outcome.listeners for gap in listener.gaps} == {"epoch"}
             assert set(outcome.visits) == {1}, "streams did not stay open"
 
 
-def promote(master: Log, replica: Log) -> None:
-    master.kill()
+def promote(fault: Callable[[], None], replica: Log) -> None:
+    fault()
     with contextlib.closing(replica.client()) as client:
         eventually(lambda: client.info("replication")["role"] == "master", PATIENCE, message="the replica is promoted")
 
