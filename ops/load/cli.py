@@ -7,19 +7,24 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import probe
 import servers
 from build import BuildError
-from fleet import run, say_progress
+from fleet import FleetError, run, say_progress
+from publisher import PublishError
 from servers import ServerError
 
 from load import readers, sender
 from load.crew import CrewError
+from load.dark import Dark, Site, Test
 from load.figures import differences, figures
+from load.ramp import RATE, STREAMS, Climb, Ramp
 from load.recording import read_recording
-from load.replay import Plan, replay
+from load.replay import FORMAT, Plan, replay
 from load.report import page
 from load.shape import Shape, ShapeError, expanded, read_shape, write_shape
 from load.table import read_table
@@ -43,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return run(lambda: int(options.command(options)))
-    except (ShapeError, ServerError, BuildError, CrewError, OSError, ValueError) as error:
+    except (ShapeError, ServerError, BuildError, CrewError, FleetError, PublishError, OSError, ValueError) as error:
         print(f"load: {error}", file=sys.stderr)
         return CANNOT
 
@@ -57,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_show(commands)
     _add_compare(commands)
     _add_replay(commands)
+    _add_ramp(commands)
+    _add_dark(commands)
     _add_report(commands)
     return parser
 
@@ -168,6 +175,10 @@ def _add_replay(commands: Any) -> None:
     parser.add_argument("--settle", type=float, default=15.0, metavar="SECONDS",
                         help="how long the last events may take (%(default)g)")
     parser.add_argument("--p99", type=float, metavar="MS", help="an objective: exit code 1 if the p99 latency is above")
+    _add_output(parser)
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label", default="", help="what the report calls this run")
     parser.add_argument("-o", "--output", type=Path, metavar="JSON", help="where the result goes as JSON")
     parser.add_argument("--report", type=Path, metavar="HTML", help="where the result goes as a page")
@@ -212,13 +223,17 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _told(options: argparse.Namespace, found: dict[str, Any]) -> int:
+    _save(options, found)
+    brief = {name: value for name, value in found.items() if name not in ("seconds", "histogram", "shape")}
+    _print(options, brief, _replay_text(found))
+    return OK if holds(found) else BROKEN
+
+
+def _save(options: argparse.Namespace, found: dict[str, Any]) -> None:
     if options.output:
         options.output.write_text(json.dumps(found))
     if options.report:
         options.report.write_text(page([found]))
-    brief = {name: value for name, value in found.items() if name not in ("seconds", "histogram", "shape")}
-    _print(options, brief, _replay_text(found))
-    return OK if holds(found) else BROKEN
 
 
 def holds(found: dict[str, Any]) -> bool:
@@ -237,6 +252,77 @@ def _replay_text(found: dict[str, Any]) -> str:
             "server CPU, s": found["server_cpu_seconds"], "client CPU, s": found["client_cpu_seconds"],
             **{f"error {name}": count for name, count in found["errors"].items()}}
     return "\n".join(f"{name:24}{value}" for name, value in rows.items())
+
+
+# -- ramp
+
+
+def _add_ramp(commands: Any) -> None:
+    parser = _command(commands, "ramp", _ramp, "Raise the streams or the rate until an objective breaks, and say which "
+                      "limit it was. Exit code 1 if it breaks.")
+    _add_server(parser)
+    parser.add_argument("--raise", dest="raise_", choices=(STREAMS, RATE), default=STREAMS, help="(%(default)s)")
+    parser.add_argument("--step", type=int, default=1000, help="how much more at each level (%(default)s)")
+    parser.add_argument("--most", type=int, default=15_000, help="the last level (%(default)s)")
+    parser.add_argument("--streams", type=int, default=1000, help="when the rate is raised (%(default)s)")
+    parser.add_argument("--rate", type=_positive, default=20.0, help="events/s when streams are raised (%(default)g)")
+    parser.add_argument("--topics", type=int, default=1, help="streams and events are spread over (%(default)s)")
+    parser.add_argument("--hold", type=_positive, default=5.0, metavar="SECONDS", help="of each level (%(default)g)")
+    parser.add_argument("--p99", type=_positive, default=1000.0, metavar="MS", help="the objective (%(default)g)")
+    parser.add_argument("--errors", type=int, default=0, help="streams or deliveries that may fail (%(default)s)")
+    _add_output(parser)
+
+
+def _ramp(options: argparse.Namespace) -> int:
+    if not 0 < options.step <= options.most:
+        raise ValueError("--step is above 0 and not above --most")
+    climb = Climb(options.raise_, options.step, options.most, options.streams, options.rate, options.topics, options.hold,
+                  options.p99, options.errors)
+    with _served(options) as server:
+        form = FORMS[server["form"]](server["token"])
+        found = Ramp(climb, form, server["host"], server["port"], server["pids"], say_progress).run()
+    return _climbed(options, found | {"label": options.label or server["form"], "about": server["about"]}, asdict(climb))
+
+
+def _climbed(options: argparse.Namespace, found: dict[str, Any], settings: dict[str, Any]) -> int:
+    found |= {"load": FORMAT, "at": probe.now(), "machine": probe.machine(), "settings": settings,
+              "objective": {"p99_ms": options.p99}}
+    _save(options, found)
+    _print(options, found, "\n".join([found["verdict_text"], *(f"limit: {each}" for each in found["limits"])]))
+    return BROKEN if found["broken"] else OK
+
+
+# -- dark
+
+
+def _add_dark(commands: Any) -> None:
+    parser = _command(commands, "dark", _dark, "Have real pages open extra streams to a canary, more and more of them, "
+                      "until the objective breaks. Exit code 1 if it breaks. The pages opt in with dark.js.")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the service of the pages (%(default)s)")
+    parser.add_argument("--token", default="", help="for its orders")
+    parser.add_argument("--canary", required=True, metavar="URL", help="the canary, as this command reaches it")
+    parser.add_argument("--canary-token", default="", help="for the command's own stream and events")
+    parser.add_argument("--open", default="", metavar="URL", help="what the pages open (CANARY/events?topic=dark)")
+    parser.add_argument("--topic", default="pushsvc-dark", help="of the orders (%(default)s)")
+    parser.add_argument("--streams", type=int, default=1, help="extra streams of each page (%(default)s)")
+    parser.add_argument("--percent", default="1,2,5,10,20,50,100", help="of the pages, level by level (%(default)s)")
+    parser.add_argument("--hold", type=_positive, default=60.0, metavar="SECONDS", help="of each level (%(default)g)")
+    parser.add_argument("--p99", type=_positive, default=500.0, metavar="MS", help="the objective (%(default)g)")
+    parser.add_argument("--most", type=int, default=0, help="streams on the canary at which to stop (0: no bound)")
+    _add_output(parser)
+
+
+def _dark(options: argparse.Namespace) -> int:
+    percents = [float(each) for each in options.percent.split(",")]
+    if not percents or not all(0 < percent <= 100 for percent in percents):
+        raise ValueError("--percent is a list of numbers above 0 and up to 100")
+    url = options.open or f"{options.canary.rstrip('/')}/events?topic=dark"
+    test = Test(options.topic, url, options.streams, percents, options.hold, options.p99, options.most)
+    service = Site(*address_of(options.url), options.token)
+    canary = Site(*address_of(options.canary), options.canary_token)
+    found = Dark(test, service, canary, say_progress).run()
+    found |= {"label": options.label or options.canary, "about": {"url": options.url}}
+    return _climbed(options, found, asdict(test))
 
 
 # -- report

@@ -17,8 +17,9 @@ import resource
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ CLOSE_IT, OPEN_IT, COME_BACK, BREAK_IT = range(4)  # at the same time, an end go
 
 @dataclass(slots=True)
 class Session:
-    """One stream of the shape. fd: -1 while it has none. due: from when on it should be open. chunked: None until its head has
-    come. text, raw: what is left of the last read. alive: between its opening and its end."""
+    """One stream of the shape. fd: -1 while it has none. due: from when on it should be open. chunked: None until its
+    head has come. text, raw: what is left of the last read. alive: between its opening and its end."""
 
     stream: Stream
     track: Track | None = None
@@ -300,7 +301,7 @@ class Readers(Swarm):
     # -- the end
 
     def is_caught_up(self, until: float, failed: set[int]) -> bool:
-        """Whether all that live streams wait for has come, but for what was never published."""
+        """Whether all that live streams wait for has come, but for `failed`, what was never published."""
         for session in self._sessions:
             if session.alive and session.track is not None:
                 order = session.track.expected.order
@@ -309,19 +310,20 @@ class Readers(Swarm):
                         return False
         return True
 
-    def verdict(self, until: float, failed: set[int]) -> dict[str, Any]:
-        """What went wrong, all in all. until: the end; failed: events that were not published."""
+    def verdict(self, acknowledged: Sequence[float | None]) -> dict[str, Any]:
+        """What went wrong, all in all. acknowledged: of each event, when, seconds; None if it was not published."""
+        tally = self.tally
         for session in self._sessions:
             if session.alive and session.track is not None:
-                self.tally.finish(session.track, until)
+                tally.finish(session.track, inf, acknowledged)
         for session, closed in (each for left in self._left.values() for each in left):
             if session.track is not None:
-                self.tally.finish(session.track, closed - GRACE_SECONDS)
-        lost = {number: count for number, count in self.tally.lost.items() if number not in failed}
+                tally.finish(session.track, closed - GRACE_SECONDS, acknowledged)
+        lost = {number: count for number, count in tally.lost.items() if acknowledged[number] is not None}
         replaced = sum(count for number, count in lost.items() if self._events[number].keep != "all")
-        tally = self.tally
         return {"received": tally.received, "lost": sum(lost.values()) - replaced, "replaced": replaced,
-                "doubled": tally.doubled, "reordered": tally.reordered, "stray": tally.stray, "stale": tally.stale}
+                "doubled": tally.doubled, "reordered": tally.reordered, "stray": tally.stray,
+                "stale": tally.stale(acknowledged)}
 
     def take_tick(self) -> dict[str, Any]:
         tick, self.tick = self.tick, Tick()
@@ -353,9 +355,9 @@ def say(answer: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """First line: what `made` needs, answered with `ready`. Then `begin` (a time), later `finish` (until, failed, and by
-    when, seconds since the beginning), answered with `verdict`."""
-    commands = os.fdopen(sys.stdin.fileno(), "rb", buffering=0)
+    """First line: what `made` needs, answered with `ready`. Then `begin` (a time). When all was sent, `sent` (when each
+    event was acknowledged) and `by` (until when to wait for what is on its way), answered with `verdict`."""
+    commands = sys.stdin.buffer
     line = commands.readline()
     if not line:
         return
@@ -387,10 +389,10 @@ def follow(readers: Readers, commands: Any) -> None:
             if not line:
                 return
             finish = json.loads(line)
-            failed = set(finish["failed"])
+            failed = {number for number, at in enumerate(finish["sent"]) if at is None}
         if finish and now - looked >= TICK_SECONDS / 5:
             looked = now
-            if now >= finish["by"] or readers.is_caught_up(finish["until"], failed):
+            if now >= finish["by"] or readers.is_caught_up(inf, failed):
                 say({"tick": readers.take_tick()})
-                say({"verdict": readers.verdict(finish["until"], failed)})
+                say({"verdict": readers.verdict(finish["sent"])})
                 return

@@ -62,7 +62,8 @@ class Second:
 
 @dataclass(slots=True)
 class Log:
-    """What the crew has told. late: how late the sender and the readers were at worst, seconds."""
+    """What the crew has told. late: how late the sender and the readers were at worst, seconds. sent: when each event was
+    acknowledged; None as long as not all were sent."""
 
     seconds: list[Second] = field(default_factory=list)
     latency: Counter[int] = field(default_factory=Counter)
@@ -73,9 +74,8 @@ class Log:
     late: dict[str, float] = field(default_factory=dict)
     cpu: dict[int, float] = field(default_factory=dict)
     open: dict[int, int] = field(default_factory=dict)
-    failed: list[int] = field(default_factory=list)
     verdicts: list[dict[str, int]] = field(default_factory=list)
-    sent: bool = False
+    sent: list[float | None] | None = None
 
     def at(self, seconds: float) -> Second:
         while len(self.seconds) <= int(seconds):
@@ -86,7 +86,7 @@ class Log:
         if "tick" in answer:
             self._take_tick(member, answer["tick"], self.at(max(0.0, now - LOOK_SECONDS / 2)))
         elif "sent" in answer:
-            self.sent, self.failed = True, answer["failed"]
+            self.sent = answer["sent"]
         elif "verdict" in answer:
             self.verdicts.append(answer["verdict"])
 
@@ -145,10 +145,10 @@ def _follow(crew: Crew, log: Log, watch: Watch, shape: Shape, begun: float, sett
         second = log.at(now)
         second.server_cpu, second.server_memory = look["cpu"], int(look["memory"])
         progress(_line(log, now, shape))
-        if log.sent and not asked and now >= shape.seconds:
+        if log.sent is not None and not asked and now >= shape.seconds:
             asked = True
             for member in readers:
-                member.tell({"until": shape.seconds + 1, "failed": log.failed, "by": now + settle})
+                member.tell({"sent": log.sent, "by": now + settle})
 
 
 def _line(log: Log, now: float, shape: Shape) -> str:
@@ -162,7 +162,7 @@ def _found(plan: Plan, shape: Shape, log: Log, processes: int, pids: list[int], 
     wrong = Counter[str]()
     for verdict in log.verdicts:
         wrong.update(verdict)
-    failed = sum(count for error, count in log.errors.items() if error.startswith("publish")) or len(log.failed)
+    failed = sum(at is None for at in log.sent or ())
     totals = {"streams": len(shape.streams), "events": len(shape.events), **log.totals, "failed": failed}
     return {
         "load": FORMAT, "kind": "replay", "label": plan.label or plan.form, "at": probe.now(), "machine": probe.machine(),

@@ -107,8 +107,9 @@ def _climb(result: Found) -> str:
     limits = "".join(f"<li>{escape(limit)}</li>" for limit in result["limits"])
     points = [(float(level[columns[0]]), level["p99_ms"]) for level in result["levels"]]
     title = f"{result['kind'].capitalize()}: {result['label']}"
-    return (f"<h2>{escape(title)}</h2><p>{escape(result['verdict_text'])}</p><ul>{limits}</ul>{_table(columns[1:], rows, columns[0])}<div class=\"charts\">"
-            f"{lines('p99 latency, ms', columns[0], {'p99': points}, logarithmic=True)}</div>")
+    chart = lines("p99 latency, ms", columns[0], {"p99": points}, logarithmic=True)
+    return (f"<h2>{escape(title)}</h2><p>{escape(result['verdict_text'])}</p><ul>{limits}</ul>"
+            f'{_table(columns[1:], rows, columns[0])}<div class="charts">{chart}</div>')
 
 
 # -- common

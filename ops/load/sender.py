@@ -2,7 +2,7 @@
 whose turn is late still counts from when it was due. Events of one lane (the same first topic) go one after the other.
 
 It is told what to do by JSON lines on standard input (see `main`), tells each second what it has done, and at the end
-which events were not acknowledged.
+when each event was acknowledged.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Sender:
 
     def __init__(self, events: tuple[Event, ...], form: Form, host: str, port: int, prefix: str) -> None:
         self.tick = Tick()
-        self.failed: list[int] = []
+        self.acknowledged: list[float | None] = [None] * len(events)
         self._events = events
         self._form = form
         self._address = host, port
@@ -155,10 +155,11 @@ class Sender:
             del self._lanes[lane]
         if error:
             self.tick.errors[error] += 1
-            self.failed.append(number)
             return
         self.tick.published += 1
-        seconds = time.monotonic() - self._begun - self._events[number].at
+        now = time.monotonic() - self._begun
+        self.acknowledged[number] = round(now, 3)
+        seconds = now - self._events[number].at
         self.tick.latency[int(math.log(max(1.0, seconds * 1e6)) * BUCKETS_PER_E)] += 1
 
     def take_tick(self) -> dict[str, Any]:
@@ -173,7 +174,8 @@ class Sender:
 
 
 def main() -> None:
-    """First line: the order, answered with `ready`. Then `begin` (a time). At the end `sent`, with `failed`."""
+    """First line: the order, answered with `ready`. Then `begin` (a time). At the end it says `sent`: for each event when
+    it was acknowledged, seconds since the beginning, or null."""
     line = sys.stdin.readline()
     if not line:
         return
@@ -199,7 +201,7 @@ def _follow(sender: Sender) -> None:
             if select.select([sys.stdin], [], [], 0)[0]:
                 return  # nobody listens any more
     _say({"tick": sender.take_tick()})
-    _say({"sent": True, "failed": sender.failed})
+    _say({"sent": sender.acknowledged})
 
 
 def _say(answer: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from math import inf
 
 from load.shape import Event
 
-STALE_SECONDS = 5.0  # an event that was due so long before a stream was asked for is none of its own
+STALE_SECONDS = 1.0  # an event that was acknowledged so long before a stream was asked for is none of its own
 
 
 @dataclass(slots=True)
@@ -69,13 +69,13 @@ class Track:
 @dataclass(slots=True)
 class Tally:
     """What went wrong. lost: event -> how many streams missed it. doubled, reordered: events that came again, or after a
-    later one. stray: of other topics; stale: from before the stream."""
+    later one. stray: of other topics. firsts: the first event of each stream, and when the stream was asked for."""
 
     received: int = 0
     doubled: int = 0
     reordered: int = 0
     stray: int = 0
-    stale: int = 0
+    firsts: list[tuple[int, float]] = field(default_factory=list)
     lost: Counter[int] = field(default_factory=Counter)
 
     def take(self, track: Track, number: int) -> None:
@@ -90,7 +90,7 @@ class Tally:
         if due == at:
             track.nexts[lane] = at + 1
         elif due < 0:
-            self._take_first(track, lane, at)
+            self._take_first(track, number, lane, at)
         elif at > due:
             track.missing.update(track.expected.order[lane][due:at])
             track.nexts[lane] = at + 1
@@ -100,20 +100,25 @@ class Tally:
         else:
             self.doubled += 1
 
-    def _take_first(self, track: Track, lane: int, at: int) -> None:
-        dues = track.expected.dues[lane]
-        first = bisect_right(dues, track.since)
-        if dues[at] < track.asked - STALE_SECONDS:
-            self.stale += 1
+    def _take_first(self, track: Track, number: int, lane: int, at: int) -> None:
+        first = bisect_right(track.expected.dues[lane], track.since)
+        self.firsts.append((number, track.asked))
         track.missing.update(track.expected.order[lane][first:at])
         track.nexts[lane] = at + 1
 
-    def finish(self, track: Track, until: float) -> None:
-        """The track is over: what was due before `until` should have come."""
+    def finish(self, track: Track, until: float, acknowledged: Sequence[float | None]) -> None:
+        """The track is over: what was acknowledged before `until` should have come. acknowledged: when each event was,
+        seconds; None if it was not."""
         for lane, start, stop in behind(track, until):
-            track.missing.update(track.expected.order[lane][start:stop])
+            track.missing.update(number for number in track.expected.order[lane][start:stop]
+                                 if (at := acknowledged[number]) is not None and at < until)
         self.lost.update(track.missing)
         track.missing.clear()
+
+    def stale(self, acknowledged: Sequence[float | None]) -> int:
+        """How many streams began with an event from before they were asked for."""
+        return sum((at := acknowledged[number]) is not None and at < asked - STALE_SECONDS
+                   for number, asked in self.firsts)
 
 
 def behind(track: Track, until: float) -> Iterable[tuple[int, int, int]]:

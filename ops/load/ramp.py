@@ -1,0 +1,226 @@
+"""The ramp: more streams, or more events a second, step by step, until an objective breaks; and which limit it was."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import probe
+from fleet import PER_PROCESS, Fleet, Seen
+from publisher import Publisher, PublishError, mark, pace
+from swarm import Target
+
+from load.metrics import scraped
+from load.shape import Event
+from load.targets import Form
+from load.watch import Watch, descriptors_left, kernel_counters
+
+PUBLISHERS = 16
+ARRIVE_SECONDS = 5.0
+OPEN_SECONDS = 120.0
+FEW_DESCRIPTORS = 64
+BUSY = 0.9  # of a core
+LITTLE_MEMORY = 0.05  # of all
+LEAST_AVAILABLE = 1 << 30  # bytes; below this the ramp stops, whatever was asked for
+STREAMS, RATE = "streams", "rate"
+Progress = Callable[[str], None]
+Found = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Climb:
+    """What is raised, and what is kept. raise_: streams or rate (events a second, over all topics). step: how much
+    more at each level, from `step` to `most`. hold: seconds of events at each. p99_ms, errors: the objective."""
+
+    raise_: str
+    step: int
+    most: int
+    streams: int
+    rate: float
+    topics: int = 1
+    hold: float = 5.0
+    p99_ms: float = 1000.0
+    errors: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What was used up to a moment, or between two."""
+
+    kernel: dict[str, int]
+    evicted: dict[str, float]
+
+
+class Ramp:
+    """One ramp against one server. pids: its processes, if it runs here."""
+
+    def __init__(self, climb: Climb, form: Form, host: str, port: int, pids: list[int], progress: Progress) -> None:
+        self._climb = climb
+        self._form = form
+        self._host, self._port = host, port
+        self._pids = pids
+        self._progress = progress
+        self._prefix = f"ramp-{os.getpid()}-{time.time_ns() // 1_000_000:x}-"
+        self._refused = ""
+        self._errors = Counter[str]()
+
+    def run(self) -> Found:
+        """All levels until the objective breaks."""
+        climb = self._climb
+        levels: list[Found] = []
+        limits: list[str] = []
+        most = climb.most if climb.raise_ == STREAMS else climb.streams
+        with Fleet(math.ceil(most / PER_PROCESS)) as fleet:
+            self._server, self._client = Watch(self._pids), Watch(fleet.pids)
+            for level in range(climb.step, climb.most + 1, climb.step):
+                found, limits = self._level(fleet, level)
+                levels.append(found)
+                self._progress(f"{level} {climb.raise_}: p99 {found['p99_ms']} ms, failed {found['failed']}, "
+                               f"ended {found['ended']}, lost {found['lost']}")
+                if found["broken"] or limits:
+                    break
+                if probe.available_bytes() < LEAST_AVAILABLE:
+                    limits = ["the ramp stops: the machine has less than 1 GiB of memory left"]
+                    break
+        return self._told(levels, limits)
+
+    def _told(self, levels: list[Found], limits: list[str]) -> Found:
+        held = [level[self._climb.raise_] for level in levels if not level["broken"]]
+        broken = bool(levels) and bool(levels[-1]["broken"])
+        text = (f"holds at {held[-1] if held else 0} {self._climb.raise_}, breaks at {levels[-1][self._climb.raise_]}: "
+                f"{levels[-1]['broken']}" if broken else f"holds at {held[-1] if held else 0} {self._climb.raise_}")
+        return {"kind": "ramp", "levels": levels, "limits": limits, "broken": broken, "held": held[-1] if held else 0,
+                "verdict_text": text}
+
+    # -- one level
+
+    def _level(self, fleet: Fleet, level: int) -> tuple[Found, list[str]]:
+        climb, before, begun = self._climb, self._usage(), time.monotonic()
+        streams, rate = (level, climb.rate) if climb.raise_ == STREAMS else (climb.streams, float(level))
+        fleet.reset()
+        self._refused = ""
+        opened = fleet.stats()
+        if streams > opened.open:
+            opened = fleet.open(streams - opened.open, self._target(), seconds=OPEN_SECONDS)
+        late = self._publish(rate)
+        expected = self._expected(rate, opened.open)
+        seen = self._arrived(fleet, expected)
+        self._errors = seen.errors
+        used, after = self._server.look(), self._usage()
+        client, took = self._client.look(), time.monotonic() - begun
+        found: Found = {climb.raise_: level, "open": seen.open, **seen.latencies(), "failed": seen.failed,
+                        "ended": seen.ended, "lost": max(0, expected - seen.events),
+                        "sender_late_ms": round(late * 1e3, 1),
+                        "server_cores": round(used["cpu"] / took, 2), "busiest": round(used["busiest"] / took, 2),
+                        "client_busiest": round(client["busiest"] / took, 2), "server_memory": int(used["memory"]),
+                        "publish": self._refused}
+        found["broken"] = broken(found, climb)
+        spent = Usage({name: after.kernel[name] - before.kernel[name] for name in after.kernel},
+                      {name: value - before.evicted.get(name, 0) for name, value in after.evicted.items()})
+        return found, limits_of(found, spent, dict(self._errors), descriptors_left(self._pids), memory_left(),
+                                bool(found["broken"]))
+
+    def _usage(self) -> Usage:
+        return Usage(kernel_counters(), scraped(self._host, self._port, "pushsvc_evicted_total"))
+
+    def _target(self) -> Target:
+        path = self._form.path([f"{self._prefix}TOPIC"]).replace("TOPIC", "{}")
+        return Target(self._host, self._port, path, modulo=self._climb.topics)
+
+    def _publish(self, rate: float) -> float:
+        """Events for the time of a level; by how many seconds the latest was sent late."""
+        try:
+            publishers = [Publisher(self._host, self._port) for _ in range(PUBLISHERS)]
+        except OSError as error:
+            self._refused = f"no connection for a publisher: {error.strerror}"
+            return 0.0
+        try:
+            return pace(publishers, rate / self._climb.topics, self._climb.hold,
+                        [partial(self._request, topic) for topic in range(self._climb.topics)])
+        except (OSError, PublishError) as error:
+            self._refused = str(error)[:200]
+            return 0.0
+        finally:
+            for publisher in publishers:
+                publisher.close()
+
+    def _request(self, topic: int, number: int, at: float) -> bytes:
+        return self._form.publish([f"{self._prefix}{topic}"], mark(number, 0, at), Event(0.0, (topic,), 100))
+
+    def _expected(self, rate: float, streams: int) -> int:
+        return int(rate / self._climb.topics * self._climb.hold) * streams
+
+    def _arrived(self, fleet: Fleet, expected: int) -> Seen:
+        deadline = time.monotonic() + ARRIVE_SECONDS
+        while (seen := fleet.stats()).events < expected and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return seen
+
+
+def broken(found: Found, climb: Climb) -> str:
+    """What of the objective a level breaks; "" for nothing."""
+    if found["publish"]:
+        return f"a publish failed: {found['publish']}"
+    wrong = found["failed"] + found["ended"] + found["lost"]
+    if wrong > climb.errors:
+        return f"{found['failed']} streams failed to open, {found['ended']} were ended, {found['lost']} deliveries lost"
+    if found["p99_ms"] is not None and found["p99_ms"] > climb.p99_ms:
+        return f"p99 is {found['p99_ms']:g} ms, above {climb.p99_ms:g} ms"
+    return ""
+
+
+def limits_of(found: Found, spent: Usage, errors: dict[str, int], descriptors: int | None, memory: float,
+              is_broken: bool) -> list[str]:
+    """Which limits a broken level has met; empty if it is not broken. spent: between its beginning and its end."""
+    if not is_broken:
+        return []
+    limits = []
+    if errors.get("EADDRNOTAVAIL"):
+        limits.append(f"the client's ports: {errors['EADDRNOTAVAIL']} connects found none free (EADDRNOTAVAIL)")
+    if errors.get("EMFILE"):
+        limits.append(f"the client's descriptors: {errors['EMFILE']} connects found none (EMFILE)")
+    overflows = spent.kernel.get("TcpExt.ListenOverflows", 0)
+    if overflows:
+        limits.append(f"the accept queue: {overflows} connections found it full (backlog, net.core.somaxconn)")
+    if queue := spent.kernel.get("TcpExt.TCPReqQFullDrop", 0) + spent.kernel.get("TcpExt.TCPReqQFullDoCookies", 0):
+        limits.append(f"the SYN queue: {queue} found it full (net.ipv4.tcp_max_syn_backlog)")
+    if descriptors is not None and descriptors < FEW_DESCRIPTORS:
+        limits.append(f"the server's descriptors: a process has {descriptors} left (ulimit -n)")
+    if slow := int(spent.evicted.get("slow", 0)):
+        limits.append(f"slow clients: the server has ended {slow} streams as slow")
+    refused = found["ended"] - int(sum(spent.evicted.values()))
+    if found["ended"] and refused > 0:
+        limits.append(f"the server's own bound: it has told {refused} streams to come back later (max_streams)")
+    if statuses := sum(count for error, count in errors.items() if error.startswith("status")):
+        limits.append(f"the server refused {statuses} streams: {', '.join(sorted(errors))}")
+    if errors.get("ECONNREFUSED") or errors.get("ECONNRESET"):
+        limits.append("the server refused or reset connections")
+    return limits + _busy(found, spent, memory) or ["no limit was met that can be seen from here"]
+
+
+def _busy(found: Found, spent: Usage, memory: float) -> list[str]:
+    limits = []
+    if found["busiest"] >= BUSY:
+        limits.append(f"the server's processor: one of its processes used {found['busiest']:.0%} of a core")
+    if found["client_busiest"] >= BUSY:
+        limits.append(f"the client's own processor: one of its processes used {found['client_busiest']:.0%} of a core")
+    if found["server_cores"] >= BUSY * (os.cpu_count() or 1):
+        limits.append(f"the machine's processors: the server used {found['server_cores']:g} of them")
+    if memory < LITTLE_MEMORY:
+        limits.append(f"memory: {memory:.0%} of the machine's is left")
+    if spent.kernel.get("TcpExt.TCPMemoryPressures") or spent.kernel.get("TcpExt.TCPAbortOnMemory"):
+        limits.append("memory of the kernel's TCP (net.ipv4.tcp_mem)")
+    return limits
+
+
+def memory_left() -> float:
+    """The part of the machine's memory that is available."""
+    return probe.available_bytes() / (probe.machine()["memory_gib"] * (1 << 30))
+
+
