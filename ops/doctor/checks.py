@@ -1,0 +1,235 @@
+"""The checks of the process: each takes what was seen and yields what is to be changed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import host
+from finding import Finding
+from host import Limits, Log, Service
+
+KEPT = 64  # descriptors that a worker needs for itself
+STOP_MARGIN = 5  # seconds that the master needs after its workers
+WORKER = "PushWorker"
+LOOPBACK = ("127.", "::1", "localhost")
+SYSCTL = "/etc/sysctl.d/pushsvc.conf"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """config: gunicorn's. env, unit: files, "" for none. streams: how many are expected at once. behind: whether a proxy
+    stands before it."""
+
+    config: str
+    env: str = ""
+    unit: str = ""
+    streams: int = 10_000
+    behind: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """All that the checks judge. broker: why it cannot be used, "" if it can. parser: whether the one in C is installed.
+    arguments: of gunicorn, from the environment."""
+
+    asked: Asked
+    service: Service
+    limits: Limits
+    log: Log
+    broker: str
+    parser: bool
+    arguments: str
+
+    def of_gunicorn(self, name: str) -> tuple[str, int]:
+        """Where a setting of gunicorn is set: file and line, 0 where it is not named there."""
+        option = re.escape(f"--{name.replace('_', '-')}")
+        if not re.search(rf"{option}\b", self.arguments):
+            return self.asked.config, host.line_of(self.asked.config, rf"^{name}\s*=")
+        return self.of_service("GUNICORN_CMD_ARGS")
+
+    def of_service(self, variable: str) -> tuple[str, int]:
+        """Where a variable of the environment is, or belongs."""
+        file = self.asked.env
+        return (file, host.line_of(file, rf"^\s*{variable}=")) if file else (f"environment: {variable}", 0)
+
+    def of_unit(self, name: str) -> tuple[str, int]:
+        file = self.asked.unit
+        return (file, host.line_of(file, rf"^{name}=")) if file else ("", 0)
+
+
+def streams_of(seen: Seen) -> int:
+    """How many streams one worker takes."""
+    asked, connections = int(seen.service.settings["max_streams"]), int(seen.service.settings["max_connections"])
+    most = max(1, _descriptors_of(seen) - connections - KEPT)
+    return min(asked or most, most)
+
+
+def _descriptors_of(seen: Seen) -> int:
+    return min(seen.limits.descriptors, seen.limits.nr_open)
+
+
+def _needed(seen: Seen) -> int:
+    """Descriptors that each worker needs for the streams that are expected."""
+    asked, connections = int(seen.service.settings["max_streams"]), int(seen.service.settings["max_connections"])
+    return max(asked, -(-seen.asked.streams // int(seen.service.gunicorn["workers"]))) + connections + KEPT
+
+
+def _start(seen: Seen) -> Iterator[Finding]:
+    if seen.service.stopped:
+        yield Finding("start", f"the service does not start: {seen.service.stopped}", "there is no service",
+                      "what the message says", seen.asked.env or seen.asked.config)
+
+
+def _worker(seen: Seen) -> Iterator[Finding]:
+    name = seen.service.gunicorn["worker_class_str"]
+    if name.endswith(WORKER):
+        return
+    yield Finding("worker_class", f"worker_class is {name}",
+                  "a stream keeps a greenlet and 20 KB instead of less than 1 KB" if "gevent" in name else
+                  "a stream keeps a thread or a whole worker: after a few streams nobody is served",
+                  'worker_class = "pushsvc.worker.PushWorker"', *seen.of_gunicorn("worker_class"))
+
+
+def _reuse_port(seen: Seen) -> Iterator[Finding]:
+    gunicorn = seen.service.gunicorn
+    unix = any(isinstance(address, str) for address in gunicorn["addresses"])
+    if not gunicorn["reuse_port"] and gunicorn["workers"] > 1 and not unix:
+        yield Finding("reuse_port", "reuse_port is off", "streams pile up on one worker while the others idle",
+                      "reuse_port = True", *seen.of_gunicorn("reuse_port"))
+
+
+def _max_requests(seen: Seen) -> Iterator[Finding]:
+    most = seen.service.gunicorn["max_requests"]
+    if most:
+        yield Finding("max_requests", f"max_requests is {most}",
+                      f"after {most} requests a worker ends under its streams, and all of them reconnect",
+                      "max_requests = 0; PUSHSVC_ROTATE_SECONDS renews streams one by one",
+                      *seen.of_gunicorn("max_requests"))
+
+
+def _preload(seen: Seen) -> Iterator[Finding]:
+    if seen.service.gunicorn["preload_app"] and not seen.service.stopped:
+        yield Finding("preload", "preload_app is on",
+                      "the application is made before the fork and before gevent's patch: its threads, connections and "
+                      "locks do not work in the workers", "preload_app = False", *seen.of_gunicorn("preload_app"))
+
+
+def _patch(seen: Seen) -> Iterator[Finding]:
+    file, gunicorn = seen.asked.config, seen.service.gunicorn
+    if gunicorn["patched"]:
+        yield Finding("monkey_patch", "the configuration patches the master",
+                      "the workers inherit the master's loop across the fork; they patch themselves",
+                      "no gevent.monkey in the configuration", file, host.line_of(file, r"^[^#]*\bmonkey\.patch"))
+    if gunicorn["threads"]:
+        yield Finding("monkey_patch", f"the configuration starts threads: {', '.join(gunicorn['threads'])}",
+                      "they do not survive the fork, and a lock that one of them holds is held for ever",
+                      "no threads before the fork", file, host.line_of(file, r"^[^#]*\b(\w*Thread|ThreadPoolExecutor)\("))
+
+
+def _descriptors(seen: Seen) -> Iterator[Finding]:
+    workers, each, wanted = seen.service.gunicorn["workers"], streams_of(seen), seen.asked.streams
+    asked = seen.service.settings["max_streams"]
+    if workers * each >= wanted and each >= asked:
+        return
+    bounded = each == asked
+    raised = f" and sysctl fs.nr_open={_needed(seen)}" if _needed(seen) > seen.limits.nr_open else ""
+    yield Finding("descriptors", f"{workers} workers of {each} streams take {workers * each}, {wanted} are expected; a "
+                  f"worker may have {_descriptors_of(seen)} descriptors ({seen.limits.descriptors_from})",
+                  "clients beyond that are told to come back, for ever",
+                  f"PUSHSVC_MAX_STREAMS={-(-wanted // workers)}" if bounded else
+                  f"LimitNOFILE={_needed(seen)}{raised}; or WEB_CONCURRENCY={-(-wanted // each)}",
+                  *(seen.of_service("PUSHSVC_MAX_STREAMS") if bounded else seen.of_unit("LimitNOFILE")))
+
+
+def _file_max(seen: Seen) -> Iterator[Finding]:
+    needed = seen.service.gunicorn["workers"] * _needed(seen)
+    if needed > seen.limits.file_max:
+        yield Finding("file_max", f"fs.file-max is {seen.limits.file_max}; the workers need {needed} descriptors",
+                      "no process of the machine can open anything any more", f"fs.file-max = {2 * needed}", SYSCTL)
+
+
+def _ports(seen: Seen) -> Iterator[Finding]:
+    ports = seen.limits.ports * len(seen.service.gunicorn["addresses"])
+    if seen.asked.behind and seen.asked.streams > ports:
+        yield Finding("ports", f"a proxy has {ports} ports to the service; {seen.asked.streams} streams are expected",
+                      "when they are used up the proxy answers 502",
+                      "more addresses, each named in the proxy: PUSHSVC_BIND=127.0.0.1:8000,127.0.0.2:8000",
+                      *seen.of_service("PUSHSVC_BIND"))
+
+
+def _backlog(seen: Seen) -> Iterator[Finding]:
+    backlog, most = seen.service.gunicorn["backlog"], seen.limits.somaxconn
+    if backlog > most:
+        yield Finding("backlog", f"backlog is {backlog}, net.core.somaxconn is {most}: the kernel takes the smaller",
+                      "when all clients come back at once, connections are dropped and tried again seconds later",
+                      f"net.core.somaxconn = {backlog}", SYSCTL)
+
+
+def _graceful(seen: Seen) -> Iterator[Finding]:
+    graceful, drain = seen.service.gunicorn["graceful_timeout"], seen.service.settings["drain_seconds"]
+    if graceful <= drain:
+        yield Finding("graceful", f"graceful_timeout is {graceful} s, the drain window {drain:g} s",
+                      "a stop breaks off streams that were to be told when to come back: all reconnect at once",
+                      f"more than {drain:g}: PUSHSVC_GRACEFUL_SECONDS", *seen.of_gunicorn("graceful_timeout"))
+
+
+def _unit(seen: Seen) -> Iterator[Finding]:
+    graceful, (file, line) = seen.service.gunicorn["graceful_timeout"], seen.of_unit("TimeoutStopSec")
+    waits = re.search(r"=(\d+)$", Path(file).read_text().splitlines()[line - 1]) if line else None
+    if waits and int(waits[1]) < graceful + STOP_MARGIN:
+        yield Finding("graceful", f"TimeoutStopSec is {waits[1]} s, graceful_timeout {graceful} s",
+                      "systemd kills what is still draining", f"TimeoutStopSec={graceful + STOP_MARGIN}", file, line)
+
+
+def _broker(seen: Seen) -> Iterator[Finding]:
+    if seen.broker:
+        yield Finding("broker", f"the broker cannot be used: {seen.broker}", "every publish is answered 503",
+                      "PUSHSVC_BROKER_URL, or what the message names", *seen.of_service("PUSHSVC_BROKER_URL"))
+
+
+def _disk(seen: Seen) -> Iterator[Finding]:
+    log = seen.log
+    wanted = 2 * seen.service.settings["history_bytes"] - log.held
+    if log.free < wanted:
+        yield Finding("disk", f"{_size(log.free)} are free in {log.folder}; the log may take {_size(wanted)} more",
+                      "a full disk refuses every publish with 503",
+                      f"PUSHSVC_HISTORY_BYTES={(log.free + log.held) // 2}, or more room",
+                      *seen.of_service("PUSHSVC_HISTORY_BYTES"))
+    if log.kind in host.NETWORK:
+        yield Finding("disk", f"{log.folder} is on {log.kind}",
+                      "the workers share the log by locks and memory, which do not work over a network",
+                      "a local disk, or a broker for several machines (redis:)", *seen.of_service("PUSHSVC_BROKER_URL"))
+
+
+def _access(seen: Seen) -> Iterator[Finding]:
+    settings = seen.service.settings
+    outside = [each for each in seen.service.gunicorn["addresses"] if not _is_loopback(each)]
+    if settings["jwt_key"] or seen.service.stopped or not (outside or seen.asked.behind):
+        return
+    where = (f"it listens on {outside[0]}" if outside else
+             "to the service, all that comes from a proxy on its machine comes from loopback")
+    yield Finding("access", f"there is no key, and {where}", "anybody may subscribe to and publish everything",
+                  "PUSHSVC_JWT_KEY", *seen.of_service("PUSHSVC_AUTH" if settings["auth"] else "PUSHSVC_JWT_KEY"))
+
+
+def _is_loopback(address: str | list[object]) -> bool:
+    return not isinstance(address, str) and str(address[0]).startswith(LOOPBACK)
+
+
+def _parser(seen: Seen) -> Iterator[Finding]:
+    if not seen.parser:
+        yield Finding("parser", "gunicorn-h1c is not installed",
+                      "requests cost more, and one for a stream of many topics (a line over 8190 bytes) is refused",
+                      "pip install --require-hashes -r requirements-fast.txt")
+
+
+def _size(count: int) -> str:
+    return f"{count / (1 << 30):.1f} GiB"
+
+
+CHECKS: tuple[Callable[[Seen], Iterator[Finding]], ...] = (
+    _start, _worker, _reuse_port, _max_requests, _preload, _patch, _descriptors, _file_max, _ports, _backlog, _graceful,
+    _unit, _broker, _disk, _access, _parser)

@@ -1,0 +1,153 @@
+"""What the machine allows and what the service asks of it: read here, judged in `process`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PROC = Path("/proc/sys")
+NETWORK = ("nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "ceph", "glusterfs", "lustre")
+SECONDS = 60.0  # for a process that loads what the service loads
+INFINITE = 1 << 62
+VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # given, the configuration makes no folder of its own
+
+
+class HostError(Exception):
+    """Why the process could not be examined."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """descriptors: of one process. descriptors_from: where that bound is set. Others: the kernel's, by their names."""
+
+    descriptors: int
+    descriptors_from: str
+    nr_open: int
+    file_max: int
+    somaxconn: int
+    ports: int
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """Where the log lies. folder: "" for a broker without files. there: whether it is there already; writable: by
+    whoever owns the folder. free, held: bytes."""
+
+    folder: str = ""
+    there: bool = False
+    writable: bool = True
+    kind: str = ""
+    free: int = INFINITE
+    held: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What gunicorn and the settings say. stopped: why it would not start, "" if it would."""
+
+    stopped: str = ""
+    gunicorn: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def environment(path: str, inherited: Mapping[str, str]) -> dict[str, str]:
+    """`inherited` and what the file sets, one NAME=value a line, as systemd's EnvironmentFile. Raises OSError."""
+    lines = [line.strip() for line in Path(path).read_text().splitlines()] if path else []
+    pairs = [line.partition("=") for line in lines if line and line[0] not in "#;" and "=" in line]
+    return {**inherited, **{name.strip(): _unquoted(value.strip()) for name, _, value in pairs}}
+
+
+def _unquoted(value: str) -> str:
+    return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'" else value
+
+
+def load(config: str, environ: Mapping[str, str]) -> Service:
+    """Raises HostError if it could not be loaded for a reason that is not the configuration's."""
+    place = Path(config).absolute()
+    done = _python("loaded.py", [str(place)], {**environ, VARIABLE: environ.get(VARIABLE, "/nonexistent")}, place.parent)
+    if done.returncode:
+        return Service(stopped=_last_line(done.stderr) or f"exit code {done.returncode}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    return Service(found.pop("refused"), settings=found.pop("settings"), gunicorn=found)
+
+
+def try_broker(environ: Mapping[str, str], log: Log, directory: Path) -> str:
+    """Why the broker cannot be used; "" if it can. A log that is not there yet is not made: its service makes it."""
+    if log.folder and not log.there:
+        return "" if log.writable else f"its folder cannot be written: {log.folder}"
+    done = _python("trial.py", [log.folder] if log.folder else [], environ, directory)
+    return done.stdout.strip() or (_last_line(done.stderr) if done.returncode else "")
+
+
+def _python(script: str, arguments: list[str], environ: Mapping[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run([sys.executable, str(HERE / script), *arguments], env=dict(environ), cwd=cwd, text=True,
+                              capture_output=True, stdin=subprocess.DEVNULL, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise HostError(f"{script} took more than {SECONDS:g} s") from error
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1].removeprefix("pushsvc: ") if lines else ""
+
+
+def limits(unit: str) -> Limits:
+    """unit: a systemd unit whose LimitNOFILE holds instead of ours; "" for none. Raises OSError."""
+    hard, source = resource.getrlimit(resource.RLIMIT_NOFILE)[1], "`ulimit -Hn` of this shell"
+    nr_open = _number("fs/nr_open")
+    if unit and (found := re.search(r"^LimitNOFILE=(?:\d+:)?(\w+)$", Path(unit).read_text(), re.M)):
+        hard, source = int(found[1]) if found[1].isdecimal() else nr_open, "LimitNOFILE"
+    low, high = map(int, (PROC / "net/ipv4/ip_local_port_range").read_text().split())
+    return Limits(INFINITE if hard == resource.RLIM_INFINITY else hard, source, nr_open, _number("fs/file-max"),
+                  _number("net/core/somaxconn"), high - low + 1)
+
+
+def _number(name: str) -> int:
+    return int((PROC / name).read_text().split()[0])
+
+
+def log_of(broker_url: str, directory: Path) -> Log:
+    """directory: the one that the service is started in."""
+    scheme, _, rest = broker_url.partition(":")
+    if scheme != "sqlite":
+        return Log()
+    path = directory / (rest[2:] if rest.startswith("//") else rest or "pushsvc.db")
+    path = path / "pushsvc.db" if path.is_dir() else path
+    nearest = next(each for each in path.parents if each.is_dir())
+    held = sum(each.stat().st_size for each in (path, path.with_name(path.name + "-wal")) if each.exists())
+    folder = path.parent if path.parent.is_dir() else nearest
+    return Log(str(folder), path.exists(), os.access(nearest, os.W_OK | os.X_OK), _kind(nearest),
+               shutil.disk_usage(nearest).free, held)
+
+
+def _kind(folder: Path) -> str:
+    """The type of the file system that a folder is on; "" if that is not known."""
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    held = [(len(each[1]), each[2]) for each in mounts if folder.resolve().is_relative_to(each[1])]
+    return max(held)[1] if held else ""
+
+
+def has_parser() -> bool:
+    """Whether gunicorn's parser in C is installed."""
+    return find_spec("gunicorn_h1c") is not None
+
+
+def line_of(path: str, pattern: str) -> int:
+    """The first line that matches; 0 for none."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return 0
+    return next((number for number, line in enumerate(lines, 1) if re.search(pattern, line)), 0)

@@ -1,0 +1,27 @@
+"""The process: reads what the service is configured to be and what its machine allows, and has it judged."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import host
+from checks import CHECKS, Asked, Seen, streams_of
+from finding import Finding, Report
+
+
+def examine(asked: Asked) -> Report:
+    """Raises HostError, OSError."""
+    environ = host.environment(asked.env, os.environ)
+    service = host.load(asked.config, environ)
+    if not service.settings:
+        return Report([Finding("start", f"the service does not start: {service.stopped}", "there is no service",
+                               "what the message says", asked.env or asked.config)],
+                      notes=["the rest of the process: its settings are not known"])
+    directory = Path(asked.config).absolute().parent
+    log = host.log_of(service.settings["broker_url"], directory)
+    seen = Seen(asked, service, host.limits(asked.unit), log, host.try_broker(environ, log, directory),
+                host.has_parser(), environ.get("GUNICORN_CMD_ARGS", ""))
+    broker = service.settings["broker_url"].partition("?")[0].rpartition("@")[2]  # without a password
+    facts = {"process": f"{service.gunicorn['workers']} workers, {streams_of(seen)} streams each, {broker}"}
+    return Report([finding for check in CHECKS for finding in check(seen)], facts=facts)

@@ -1,0 +1,564 @@
+"""The doctor before a real service, behind real proxies that are misconfigured in one thing each, and rightly."""
+
+import contextlib
+import datetime
+import http.server
+import ipaddress
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jwt
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from tests.support import client
+from tests.support.server import ROOT, Server, free_port
+from tests.test_proxies import Certificate, Haproxy, Nginx, PlainHaproxy, Proxy, program
+
+KEY = "a key of the tests that has more than 32 bytes"
+ORIGIN = "https://app.example"
+HEARTBEAT = 2.0  # seconds; longer than the proxies that cut allow, shorter than those that do not
+SILENCE = 4.5  # seconds to listen; two heartbeats
+AT_ONCE = 12  # scenarios
+PATIENCE = 60  # seconds for one run
+CLEAN, FOUND, USAGE, UNEXAMINED = range(4)
+
+
+def token() -> str:
+    claims = {"sub": "doctor", "exp": int(time.time()) + 3600,
+              "pushsvc": {"subscribe": ["doctor-*"], "publish": ["doctor-*"]}}
+    return jwt.encode(claims, KEY, "HS256")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the doctor said."""
+
+    code: int
+    report: dict[str, Any]
+    text: str
+
+    @property
+    def checks(self) -> list[str]:
+        return [finding["check"] for finding in self.report["findings"]]
+
+    def finding(self, check: str) -> dict[str, Any]:
+        found = [finding for finding in self.report["findings"] if finding["check"] == check]
+        assert len(found) == 1, self.text
+        return found[0]
+
+
+def doctor(
+    *arguments: str, env: Mapping[str, str] | None = None, descriptors: int = 0, json_too: bool = True
+) -> Run:
+    """Run it as its user does. descriptors: the hard limit of the process, 0 for ours. json_too: ask for the report as
+    JSON; else it is empty."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PUSHSVC_", "GUNICORN_"))}
+    clean.pop("WEB_CONCURRENCY", None)
+    command = [sys.executable, str(ROOT / "ops" / "doctor"), *(["--json"] if json_too else []), *arguments]
+    limit = [program("prlimit"), f"--nofile={descriptors}:{descriptors}"] if descriptors else []
+    done = subprocess.run([*limit, *command], text=True, capture_output=True, timeout=PATIENCE, check=False,
+                          env=clean | dict(env or {}))
+    assert "Traceback" not in done.stderr, done.stderr
+    report = json.loads(done.stdout) if json_too and done.stdout else {}
+    return Run(done.returncode, report, done.stdout if report else done.stderr + done.stdout)
+
+
+# --- The path --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A proxy with one thing wrong. edits: what to change in its shipped configuration. check: the one finding that this
+    is to cause, "" for none. line: a piece of the line that it is to name. arguments: more of the doctor's."""
+
+    name: str
+    kind: type[Proxy]
+    check: str
+    line: str = ""
+    edits: tuple[tuple[str, str], ...] = ()
+    arguments: tuple[str, ...] = ()
+    days: int = 90  # that the certificate holds
+    http: bool = False  # ask on the port that leads to the other
+    also: tuple[str, ...] = ()  # findings that come with it
+
+
+LOCATION = "location = /events {"
+BACKEND = "\nbackend pushsvc\n"
+FRONTEND = "\nfrontend web\n"
+
+
+def nginx(name: str, check: str, line: str, *edits: tuple[str, str], **more: Any) -> Scenario:
+    return Scenario(f"nginx {name}", Nginx, check, line, edits, **more)
+
+
+def haproxy(
+    name: str, check: str, line: str, *edits: tuple[str, str], kind: type[Proxy] = Haproxy, **more: Any
+) -> Scenario:
+    return Scenario(f"haproxy {name}", kind, check, line, edits, **more)
+
+
+def into(block: str, directive: str) -> tuple[str, str]:
+    return block, f"{block.rstrip(chr(10))}\n    {directive}\n"
+
+
+def without(directive: str) -> tuple[str, str]:
+    return directive, ""
+
+
+CORS = ("--origin", ORIGIN)
+SCENARIOS = [
+    nginx("as it is shipped", "", "", arguments=CORS),
+    nginx("buffers", "buffering", "proxy_buffering on", ("proxy_buffering off;", "proxy_buffering on; "
+          "proxy_ignore_headers X-Accel-Buffering;")),
+    nginx("does not heed the service", "buffering", "proxy_ignore_headers", ("proxy_buffering off;",
+          "proxy_ignore_headers X-Accel-Buffering;")),
+    nginx("compresses by what is above", "compression", LOCATION, without("gzip off;")),
+    nginx("compresses", "compression", "gzip on;", ("gzip off;", "gzip on;")),
+    nginx("cuts off soon", "idle", "proxy_read_timeout 1;", ("proxy_read_timeout 5m;", "proxy_read_timeout 1;")),
+    nginx("has no HTTP/2", "http_version", " ssl;", (" ssl http2;", " ssl;")),
+    nginx("strips the last id", "last_event_id", "Last-Event-ID", into(LOCATION, 'proxy_set_header Last-Event-ID "";')),
+    nginx("adds an origin", "cors", "add_header Access", into(LOCATION, "add_header Access-Control-Allow-Origin *;"),
+          arguments=CORS),
+    nginx("leads elsewhere", "redirect", "return 308", (
+          "https://$host$request_uri", "https://$host:{https}$request_uri"),
+          http=True),
+    nginx("wants a slash", "redirect", "location /events/", (f"{LOCATION}\n        proxy_pass http://pushsvc;",
+          "location /events/ {\n        proxy_pass http://pushsvc/events;")),
+    nginx("does not name the stream", "status", "return 404", (LOCATION, "location = /stream {")),
+    nginx("has few streams", "http2_streams", "http2_max_concurrent_streams", into(
+        "server_name push.example.com;\n\n", "http2_max_concurrent_streams 5;")),
+    nginx("changes the type", "content_type", "proxy_hide_header Content-Type",
+          into(LOCATION, "proxy_hide_header Content-Type; default_type text/plain;")),
+    nginx("answers for the service", "errors", "proxy_intercept_errors on",
+          into(LOCATION, "proxy_intercept_errors on; error_page 400 401 403 404 /oops.html;")),
+    nginx("reaches nobody", "unreachable", "proxy_pass", ("proxy_pass http://pushsvc;", "proxy_pass http://127.0.0.1:1;")),
+    nginx("lets caches keep it", "cache", "expires 1h", into(LOCATION, "expires 1h;")),
+    nginx("takes the chunks away", "chunked", "chunked_transfer_encoding off",
+          into(LOCATION, "chunked_transfer_encoding off;")),
+    nginx("speaks HTTP/1.0 inside", "backend_http", LOCATION, without("proxy_http_version 1.1;")),
+    nginx("lends everybody a token", "access", "Authorization", into(LOCATION.replace("events", "publish"),
+          'proxy_set_header Authorization "Bearer {token}";')),
+    nginx("has a certificate that ends", "tls", "ssl_certificate ", days=5),
+    nginx("has a certificate that has ended", "tls", "ssl_certificate ", days=-1),
+    nginx("accepts old TLS", "tls_version", "ssl_protocols TLSv1 ", ("ssl_protocols TLSv1.2 TLSv1.3;",
+          "ssl_protocols TLSv1 TLSv1.1 TLSv1.2; ssl_ciphers DEFAULT:@SECLEVEL=0;")),
+    haproxy("as it is shipped", "", "", arguments=CORS),
+    haproxy("buffers", "buffering", "wait-for-body", into(BACKEND, "http-response wait-for-body time 20s")),
+    haproxy("compresses", "compression", "compression algo", into(BACKEND, "compression algo gzip")),
+    haproxy("cuts off soon", "idle", "timeout server 1s", ("timeout server 5m", "timeout server 1s")),
+    haproxy("has no HTTP/2", "http_version", "ssl crt", without(" alpn h2,http/1.1")),
+    haproxy("strips the last id", "last_event_id", "del-header Last-Event-ID",
+            into(FRONTEND, "http-request del-header Last-Event-ID")),
+    haproxy("adds an origin", "cors", "Access-Control",
+            into(BACKEND, "http-response add-header Access-Control-Allow-Origin *"), arguments=CORS),
+    haproxy("leads elsewhere", "redirect", "redirect prefix", (
+        "redirect scheme https", "redirect prefix https://127.0.0.1:{https}"), http=True),
+    haproxy("reaches nobody", "unreachable", "server local", (
+        "server local 127.0.0.1:{upstream}", "server local 127.0.0.1:1")),
+    haproxy("does not name the stream", "status", "http-request return", ("path / /events", "path /")),
+    haproxy("has few streams", "http2_streams", "tune.h2", into("\nglobal\n", "tune.h2.max-concurrent-streams 5")),
+    haproxy("without TLS waits for more", "delay", "defaults", without("option http-no-delay"), kind=PlainHaproxy,
+            also=("http_version",)),
+    haproxy("changes the type", "content_type", "set-header Content-Type",
+            into(BACKEND, "http-response set-header Content-Type text/plain")),
+    haproxy("answers for the service", "errors", "http-response return", into(
+        BACKEND, "http-response return status 400 content-type text/html string oops if { status 400 }")),
+    haproxy("lets caches keep it", "cache", "Cache-Control",
+            into(BACKEND, "http-response set-header Cache-Control max-age=3600")),
+    haproxy("keeps a header back", "accel", "del-header X-Accel",
+            into(BACKEND, "http-response del-header X-Accel-Buffering")),
+    haproxy("has a certificate that ends", "tls", "ssl crt", days=5),
+    haproxy("accepts old TLS", "tls_version", "ssl-min-ver TLSv1.0", (
+        "ssl-min-ver TLSv1.2", "ssl-min-ver TLSv1.0\n    ssl-default-bind-ciphers DEFAULT:@SECLEVEL=0")),
+]
+
+
+def edited(kind: type[Proxy], edits: Sequence[tuple[str, str]]) -> type[Proxy]:
+    """The proxy with its configuration changed further: each piece must occur in it."""
+
+    class Edited(kind):  # type: ignore[misc, valid-type]
+        def write_config(self) -> None:
+            super().write_config()
+            text = self.config.read_text()
+            for old, new in edits:
+                old, new = self.placed(old), self.placed(new)
+                assert old in text, f"{self.shipped} has no {old!r}"
+                text = text.replace(old, new)
+            self.config.write_text(text)
+
+        def placed(self, text: str) -> str:
+            placed = {"{https}": str(self.https), "{upstream}": str(self.upstream), "{token}": token()}
+            for name, value in placed.items():
+                text = text.replace(name, value)
+            return text
+
+        def __enter__(self) -> Proxy:
+            return Proxy.__enter__(self)  # ready or not: one of them reaches nobody
+
+    return Edited
+
+
+@dataclass(frozen=True)
+class Examined:
+    run: Run
+    config: Path
+
+    def line(self, piece: str) -> int:
+        lines = self.config.read_text().splitlines()
+        return next(number for number, line in enumerate(lines, 1) if piece in line.partition("#")[0])
+
+
+def examine(scenario: Scenario, server: Server, directory: Path) -> Examined:
+    directory.mkdir()
+    made = certificate(directory, scenario.days)
+    with edited(scenario.kind, scenario.edits)(directory, server.port, made) as proxy:
+        url = (f"http://127.0.0.1:{proxy.http}" if scenario.http else
+               f"http://127.0.0.1:{proxy.https}" if scenario.kind is PlainHaproxy else proxy.url)
+        run = doctor("--only", "path", "--url", url, "--token", token(), "--direct", server.url,
+                     "--seconds", str(SILENCE if scenario.check in ("", "idle") else 1),
+                     "--cacert", str(made.certificate), "--proxy-config", str(proxy.config), *scenario.arguments)
+        return Examined(run, proxy.config)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    env = {"PUSHSVC_JWT_KEY": KEY, "PUSHSVC_HEARTBEAT_SECONDS": str(HEARTBEAT), "PUSHSVC_CORS_ORIGINS": ORIGIN}
+    with Server(tmp_path_factory.mktemp("server"), workers=1, env=env) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def examined(
+    request: pytest.FixtureRequest, server: Server, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[Scenario], Examined]]:
+    """Each scenario that a test of this run asks for; several are under way at once, for they mostly wait."""
+    asked = [item.callspec.params["scenario"] for item in request.session.items
+             if getattr(item, "callspec", None) and "scenario" in item.callspec.params]
+    for kind in {scenario.kind for scenario in asked}:
+        program(kind.name)
+    directory = tmp_path_factory.mktemp("scenarios")
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        runs: dict[str, Future[Examined]] = {
+            each.name: pool.submit(examine, each, server, directory / each.name.replace(" ", "-").replace("/", ""))
+            for each in asked}
+        yield lambda scenario: runs[scenario.name].result(PATIENCE)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+def test_doctor_finds_exactly_what_is_wrong_and_names_its_line(
+    scenario: Scenario, examined: Callable[[Scenario], Examined]
+) -> None:
+    found = examined(scenario)
+
+    assert sorted(found.run.checks) == sorted(filter(None, (scenario.check, *scenario.also))), found.run.text
+    assert found.run.code == (FOUND if scenario.check else CLEAN)
+    if not scenario.check:
+        assert found.run.report["notes"] == [], "and all was examined"
+    if scenario.check:
+        finding = found.run.finding(scenario.check)
+        assert (finding["file"], finding["line"]) == (str(found.config), found.line(scenario.line)), found.run.text
+        assert all(finding[name] for name in ("seen", "breaks", "change"))
+
+
+def certificate(directory: Path, days: int) -> Certificate:
+    """Self-signed, for 127.0.0.1; it ends in so many days."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "push.example.com")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=9)).not_valid_after(now + datetime.timedelta(days=days))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    public = made.public_bytes(serialization.Encoding.PEM)
+    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
+                                serialization.NoEncryption())
+    files = Certificate(directory / "certificate.pem", directory / "key.pem", directory / "both.pem")
+    for file, content in ((files.certificate, public), (files.key, private), (files.both, public + private)):
+        file.write_bytes(content)
+    return files
+
+
+# --- Any server of event streams -------------------------------------------------------------------------
+
+
+class Beats(http.server.BaseHTTPRequestHandler):
+    """A stream that nobody wrote for us: no publishing, no ids. It beats, and ends after a time, whatever came."""
+
+    protocol_version = "HTTP/1.1"
+    beat, beats = 0.4, 3
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.send_header("Cache-Control", "no-cache")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            for _ in range(self.beats):
+                time.sleep(self.beat)
+                self.wfile.write(b"3\r\n:\r\n\r\n")
+            time.sleep(self.beat / 4)
+            self.wfile.flush()
+        self.close_connection = True
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_error(405)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_path_of_another_server_is_examined_as_far_as_it_can_be() -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Beats) as upstream:
+        threading.Thread(target=upstream.serve_forever, daemon=True).start()
+        try:
+            url = f"http://127.0.0.1:{upstream.server_port}/any/stream"
+            run = doctor("--only", "path", "--url", url, "--seconds", "3")
+        finally:
+            upstream.shutdown()
+
+    assert run.checks == ["http_version", "lifetime"], run.text
+    assert [note.partition(":")[0] for note in run.report["notes"]] == ["whether events arrive at once and resume"]
+
+
+@pytest.fixture(scope="module")
+def open_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with Server(tmp_path_factory.mktemp("open"), workers=1, env={"PUSHSVC_HEARTBEAT_SECONDS": "0.3"}) as server:
+        yield server
+
+
+def test_publish_that_needs_no_token_is_found(open_server: Server) -> None:
+    run = doctor("--only", "path", "--url", open_server.url, "--seconds", "1")
+
+    assert run.checks == ["http_version", "access"], run.text
+    assert run.report["notes"] == []
+
+
+def test_report_for_people_names_what_was_seen_what_breaks_and_what_to_change(open_server: Server) -> None:
+    run = doctor("--only", "path", "--url", open_server.url, "--seconds", "1", json_too=False)
+
+    assert run.code == FOUND
+    finding = r"^1\. http_version: .+^   breaks +.+six\s+connections.+^   change +nginx: `listen"
+    assert re.search(finding, run.text, re.M | re.S), run.text
+    assert run.text.splitlines()[-1] == "2 findings"
+
+
+def test_refused_token_is_no_finding_but_leaves_the_path_unexamined(server: Server) -> None:
+    run = doctor("--only", "path", "--url", server.url, "--token", "none", "--seconds", "1")
+
+    assert run.code == UNEXAMINED, run.text
+    assert "401" in run.report["failed"][0]
+
+
+def test_address_that_nobody_listens_on_is_unexamined() -> None:
+    run = doctor("--only", "path", "--url", f"http://127.0.0.1:{free_port()}")
+
+    assert (run.code, run.checks) == (UNEXAMINED, []), run.text
+
+
+@pytest.mark.parametrize("arguments", [
+    ("--only", "path"), ("--url", "push.example.com"), ("--config", "/nonexistent"), ("--seconds", "0"), ("--unknown",),
+    ("--url", "https://push.example.com", "--proxy-config", __file__),
+], ids=" ".join)
+def test_wrong_usage_has_an_exit_code_of_its_own(arguments: tuple[str, ...]) -> None:
+    run = doctor(*arguments)
+
+    assert run.code == USAGE, run.text
+    assert "error: " in run.text
+
+
+# --- The process -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with the configuration that the project ships, to be changed."""
+    for name in ("pushsvc", "app.py", "wsgi.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "gunicorn.conf.py").write_text((ROOT / "gunicorn.conf.py").read_text())
+    return tmp_path
+
+
+def process(place: Path, *arguments: str, env: Mapping[str, str] | None = None, descriptors: int = 0) -> Run:
+    """The doctor's look at a service that is rightly set up, but for what is given."""
+    backlog = Path("/proc/sys/net/core/somaxconn").read_text().strip()
+    right = {"WEB_CONCURRENCY": "2", "PUSHSVC_HISTORY_BYTES": "1048576", "PUSHSVC_BACKLOG": backlog}
+    return doctor("--only", "process", "--config", str(place / "gunicorn.conf.py"), "--streams", "100", *arguments,
+                  env=right | dict(env or {}), descriptors=descriptors)
+
+
+def line_of(file: Path, piece: str) -> int:
+    return next(number for number, line in enumerate(file.read_text().splitlines(), 1) if piece in line)
+
+
+def test_process_that_is_rightly_set_up_has_no_findings_and_nothing_is_left_behind(place: Path) -> None:
+    before = sorted(place.iterdir())
+
+    run = process(place)
+
+    assert (run.code, run.checks) == (CLEAN, [] if find_spec("gunicorn_h1c") else ["parser"]), run.text
+    assert run.report["notes"] == run.report["failed"] == []
+    assert sorted(place.iterdir()) == before
+
+
+CONFIGURED = [
+    {"worker_class": 'worker_class = "sync"', "reuse_port": "reuse_port = False", "graceful": "graceful_timeout = 5",
+     "max_requests": "max_requests = 1000", "backlog": "backlog = 1 << 24",
+     "monkey_patch": "from gevent import monkey; monkey.patch_all()"},
+    {"worker_class": 'worker_class = "gevent"',
+     "monkey_patch": "import threading; threading.Thread(target=threading.Event().wait, daemon=True).start()"},
+]
+
+
+@pytest.mark.parametrize("lines", CONFIGURED, ids=["many", "threads"])
+def test_settings_of_gunicorn_that_break_streams_are_found_with_their_lines(place: Path, lines: dict[str, str]) -> None:
+    config = place / "gunicorn.conf.py"
+    text = config.read_text()
+    for line in lines.values():
+        text, replaced = re.subn(rf"^{line.partition(' ')[0]} = .*$", line, text, count=1, flags=re.M)
+        text += "" if replaced else f"\n\n{line}\n"
+    config.write_text(text)
+
+    run = process(place)
+
+    assert sorted({*run.checks} - {"parser"}) == sorted(lines), run.text
+    kernel = "/etc/sysctl.d/pushsvc.conf", 0
+    assert {check: (run.finding(check)["file"], run.finding(check)["line"]) for check in lines} == {
+        check: kernel if check == "backlog" else (str(config), line_of(config, line)) for check, line in lines.items()}
+
+
+def test_argument_of_gunicorn_in_the_environment_is_found_too(place: Path) -> None:
+    found = process(place, env={"GUNICORN_CMD_ARGS": "--max-requests 9"}).finding("max_requests")
+
+    assert found["file"] == "environment: GUNICORN_CMD_ARGS"
+
+
+@pytest.mark.parametrize(("variable", "value", "piece"), [
+    ("PUSHSVC_HEARTBEATS", "5", "no setting"),
+    ("PUSHSVC_BIND", "0.0.0.0:8000", "loopback"),
+    ("PUSHSVC_BROKER_URL", "memory:", "one worker"),
+    ("GUNICORN_CMD_ARGS", "--preload", "preload"),
+])
+def test_service_that_would_not_start_is_found_in_its_own_words(
+    place: Path, variable: str, value: str, piece: str
+) -> None:
+    found = process(place, env={variable: value}).finding("start")
+
+    assert piece in found["seen"]
+
+
+def test_streams_that_have_no_descriptors_are_found_and_what_would_do_fits(place: Path) -> None:
+    found = process(place, "--streams", "5000", descriptors=2000).finding("descriptors")
+    enough = re.search(r"LimitNOFILE=(\d+)", found["change"])
+    assert enough is not None
+
+    assert "descriptors" not in process(place, "--streams", "5000", descriptors=int(enough[1])).checks
+    assert "descriptors" in process(place, "--streams", "5000", descriptors=int(enough[1]) - 1).checks
+
+
+def test_limits_of_the_unit_count_instead_of_those_of_the_shell(place: Path) -> None:
+    unit = place / "pushsvc.service"
+    unit.write_text((ROOT / "ops" / "systemd" / "pushsvc.service").read_text()
+                    .replace("LimitNOFILE=1048576", "LimitNOFILE=2000").replace("TimeoutStopSec=45", "TimeoutStopSec=20"))
+
+    run = process(place, "--streams", "5000", "--unit", str(unit))
+
+    assert run.finding("descriptors")["line"] == line_of(unit, "LimitNOFILE=")
+    assert run.finding("graceful")["line"] == line_of(unit, "TimeoutStopSec=")
+
+
+def test_more_streams_than_a_proxy_has_ports_are_found_where_a_proxy_is(place: Path, server: Server) -> None:
+    run = doctor("--config", str(place / "gunicorn.conf.py"), "--streams", "90000", "--url", server.url, "--token",
+                 token(), "--seconds", "1", env={"PUSHSVC_JWT_KEY": KEY})
+
+    assert {"ports", "http_version"} <= set(run.checks), run.text
+    assert "access" not in run.checks
+
+
+def test_service_without_a_key_behind_a_proxy_is_found(place: Path, server: Server) -> None:
+    run = doctor("--config", str(place / "gunicorn.conf.py"), "--url", server.url, "--token", token(), "--seconds", "1")
+
+    assert "loopback" in run.finding("access")["seen"]
+
+
+def test_service_that_is_open_to_all_is_found(place: Path) -> None:
+    found = process(place, env={"PUSHSVC_AUTH": "none", "PUSHSVC_BIND": "0.0.0.0:8000"}).finding("access")
+
+    assert "0.0.0.0" in found["seen"]
+
+
+def test_environment_of_the_service_is_read_from_its_file_and_named(place: Path) -> None:
+    env = place / "pushsvc.env"
+    env.write_text('# the service\nWEB_CONCURRENCY=1\nPUSHSVC_AUTH="none"\nPUSHSVC_BIND=0.0.0.0:8000\n')
+
+    found = process(place, "--env", str(env)).finding("access")
+
+    assert (found["file"], found["line"]) == (str(env), 3)
+
+
+def test_log_that_cannot_be_written_is_found(place: Path) -> None:
+    broken = place / "push.db"
+    broken.write_bytes(b"no database, but long enough to look at" * 100)
+
+    found = process(place, env={"PUSHSVC_BROKER_URL": f"sqlite:{broken}"}).finding("broker")
+
+    assert "not a database" in found["seen"]
+
+
+def test_redis_that_does_not_answer_is_found(place: Path) -> None:
+    found = process(place, env={"PUSHSVC_BROKER_URL": f"redis://127.0.0.1:{free_port()}"}).finding("broker")
+
+    assert "refused" in found["seen"].lower(), found
+
+
+def test_log_of_a_running_service_is_tried_and_left_as_it_was(place: Path, server: Server) -> None:
+    published = client.publish(server.url, headers={"Authorization": f"Bearer {token()}"}, topic="doctor-log", data="one")
+
+    run = process(place, env={"PUSHSVC_BROKER_URL": f"sqlite:{server.directory / 'push.db'}"})
+
+    assert "broker" not in run.checks, run.text
+    again = client.publish(server.url, headers={"Authorization": f"Bearer {token()}"}, topic="doctor-log", data="two")
+    assert again.partition("-")[0] == published.partition("-")[0]
+
+
+def test_disk_that_history_may_outgrow_is_found(place: Path) -> None:
+    found = process(place, env={"PUSHSVC_HISTORY_BYTES": str(1 << 60)}).finding("disk")
+
+    assert "GiB are free" in found["seen"]
+
+
+# --- The configurations, as text -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["nginx/pushsvc.conf", "haproxy/haproxy.cfg"])
+def test_configuration_without_a_server_for_the_stream_is_no_reason_to_fail(file: str, tmp_path: Path) -> None:
+    """Whatever is left of a file, the doctor names a line of it or none."""
+    text = (ROOT / "ops" / file).read_text()
+    script = "import sys, layout, wire, advice\n" \
+        "for end in range(0, len(text := sys.stdin.read()), 97):\n" \
+        "    try: scope = layout.read(text[:end], wire.parse('https://push.example.com/events'))\n" \
+        "    except layout.LayoutError: continue\n" \
+        "    for check in advice.RULES[scope.kind]: assert 0 <= advice.cure(check, scope).line <= text.count('\\n') + 1\n"
+    done = subprocess.run([sys.executable, "-c", script], input=text, text=True, capture_output=True, timeout=PATIENCE,
+                          check=False, cwd=ROOT / "ops" / "doctor")
+    assert done.returncode == 0, done.stderr
