@@ -9,8 +9,8 @@ from stage import Crowd, Service, Show, cpu_seconds, get, leave_network, publish
 
 CONNECTIONS, OWN = 600, 64  # what pushsvc keeps: PUSHSVC_MAX_CONNECTIONS, and for itself
 STOCK: Any = {"app": "stock_app:app", "config": "ops/limits/stock_conf.py", "arguments": ("-k", "gevent")}
-WAIT_SECONDS = 3.0
-STORM_SECONDS = 3.0
+WAIT_SECONDS = 2.0
+STORM_SECONDS = 2.0
 STORM_PER_SECOND = 50
 
 

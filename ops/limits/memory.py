@@ -18,7 +18,7 @@ GROUPS = (("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_by
           ("/sys/fs/cgroup", "memory.max", "memory.current", "memory.events"))  # v1, v2
 UNLIMITED = str(1 << 50)  # a setting that bounds nothing
 STEP = 25  # streams that come at once
-PAUSE_SECONDS = 0.15  # after them: the worker looks once a second
+PAUSE_SECONDS = 0.3  # after them: the worker looks once a second, and has a tenth of the limit until then
 WAIT_SECONDS = 5.0
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 
 from stage import Crowd, Service, Show, counters, leave_network, service, set_sysctl
 
 SMALL, LARGE = 64, 4096  # somaxconn
 FEW = 32
-BUSY_SECONDS = 0.5  # in which the worker accepts nothing, as one does that starts or has very much to do
-PROMPT_SECONDS = 1.0  # a client that finds no place tries again after one second
+BUSY_SECONDS = 0.25  # in which the worker accepts nothing, as one does that starts or has very much to do
+RETRY_SECONDS = 1.0  # a client that finds no place tries again after one second
 PATIENCE_SECONDS = 15.0
 
 
@@ -28,7 +27,7 @@ def run(streams: int = 2000) -> Show:
     show.notes.append(f"the worker was stopped for {BUSY_SECONDS} s while they came; PUSHSVC_BACKLOG was 4096 throughout")
     show.shown = (before["ListenOverflows"] == after["ListenOverflows"] == 0 < symptom["ListenOverflows"]
                   and after["open"] == streams
-                  and after["answered_within_1_s"] > symptom["answered_within_1_s"])
+                  and symptom["last_answer_s"] > max(RETRY_SECONDS, after["last_answer_s"]))
     return show
 
 
@@ -43,11 +42,8 @@ def _storm(found: Service, count: int) -> dict[str, float]:
             crowd.hear(BUSY_SECONDS)
         finally:
             os.kill(worker, signal.SIGCONT)
-        woken = time.monotonic()
         crowd.wait(PATIENCE_SECONDS)
-        for client in crowd.clients:
-            client.seconds = max(0.001, client.begun + client.seconds - woken)
         ended = counters()
-        told = {"clients": count, "open": crowd.opened(), "answered_within_1_s": crowd.answered_within(PROMPT_SECONDS),
+        told = {"clients": count, "open": crowd.opened(), "answered_within_1_s": crowd.answered_within(RETRY_SECONDS),
                 "last_answer_s": crowd.slowest()}
     return told | {name: ended[name] - begun[name] for name in ("ListenOverflows", "ListenDrops")}

@@ -6,7 +6,7 @@
 It runs the real service, with clients of its own, in a network namespace of its own that ends with it; it takes some
 seconds and needs root. The pages of docs/limits tell what the figures mean.
 
-Exit codes: 0 the symptom and the fix showed; 1 they did not; 2 wrong usage; 3 it cannot be shown here.
+Exit codes: 0 the symptom and the fix showed; 1 they did not; 2 wrong usage; 3 it cannot be shown here; 130 broken off.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from types import FrameType
 
 from stage import NotHere, Show, raise_descriptors
 
@@ -30,14 +32,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     options = parser.parse_args(arguments)
     raise_descriptors()
+    signal.signal(signal.SIGTERM, _end)
     try:
         module = importlib.import_module(MODULES[options.limit])
         show: Show = module.run(**({"streams": options.streams} if options.streams else {}))
     except NotHere as error:
         print(f"show: {error}", file=sys.stderr)
         return 3
+    except KeyboardInterrupt:
+        return 130
     print(json.dumps(asdict(show), indent=2) if options.json else _text(show))
     return 0 if show.shown else 1
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """A SIGTERM ends it as a Ctrl-C does, with all that it has started."""
+    raise KeyboardInterrupt
 
 
 def _text(show: Show) -> str:

@@ -12,7 +12,7 @@ from stage import Crowd, Service, Show, get, leave_network, publish, service, ta
 THREADS = 16
 BLOCK_SECONDS = 1.5
 PROBE_SECONDS = 0.05  # between two events
-WAIT_SECONDS = 3.0
+WAIT_SECONDS = 2.0
 PROBED_SECONDS = 2.2
 LATE_SECONDS = 0.25
 # gevent's own watch: a thread that says where a greenlet is that has kept the loop for longer than this
