@@ -101,7 +101,7 @@ class Settings:
             raise SettingsError(f"{PREFIX}DRAIN_SECONDS is not shorter than {PREFIX}GRACEFUL_SECONDS")
         scheme, _, rest = self.broker_url.partition(":")
         if scheme not in ("sqlite", "memory", *REDIS) or (scheme == "memory" and rest):
-            raise SettingsError(f"{PREFIX}BROKER_URL is sqlite:PATH, redis://HOST or memory:, not {scheme!r}")
+            raise SettingsError(f"{PREFIX}BROKER_URL is sqlite:PATH, redis://HOST or memory:, not {hide(self.broker_url)!r}")
         if not self.redis_prefix or not self.redis_prefix.isprintable():
             raise SettingsError(f"{PREFIX}REDIS_PREFIX is empty, or has a control character")
         for origin in self.origins:

@@ -100,4 +100,6 @@ class Redis:
         if self._sentinel:
             return [str(self.directory / "sentinel.conf"), "--sentinel", "--port", str(self.port), *self._args]
         return ["--port", str(self.port), "--bind", self.host, "--dir", str(self.directory), "--save", "",
-                "--appendonly", "yes" if self.durable else "no", "--protected-mode", "no", *self._args]
+                "--appendonly", "yes" if self.durable else "no", "--protected-mode", "no",
+                "--repl-diskless-sync-delay", "0",
+                *self._args]
