@@ -65,7 +65,7 @@ class Idle(gevent.Timeout):  # type: ignore[misc]
 
     def end(self) -> None:
         if self._waiting.pop(self, None) is not None:
-            gevent.kill(self._greenlet, self, block=False)
+            gevent.kill(self._greenlet, self)  # does not wait
 
     __hash__ = object.__hash__
 
