@@ -160,6 +160,14 @@ def test_load_at_the_distance_of_a_wall_meets_it(
     assert again[0].reach == pytest.approx(1, rel=0.01)
 
 
+@pytest.mark.parametrize("users", [1000, 50_000, 500_000])
+def test_setting_that_moves_a_wall_is_above_the_need_and_the_limit(users: int) -> None:
+    _, found = planned(replace(LOAD, users=users))
+    for wall in found:
+        if wall.name in ("files", "backlog"):
+            assert int(wall.setting.rpartition("=")[2]) > max(wall.need, wall.limit)
+
+
 def test_without_messages_and_heartbeats_nearly_nothing_is_left_for_the_processor() -> None:
     settings = Settings(rotate_seconds=0, heartbeat_seconds=3600)
     quiet = replace(LOAD, messages_per_second=0, reconnects_per_hour=0)
@@ -187,7 +195,7 @@ def test_every_field_of_a_load_and_every_setting_that_counts_changes_what_is_pri
     for each in fields(Machine):
         assert text(machine=replace(MACHINE, **{each.name: getattr(MACHINE, each.name) // 2})) != text(), each.name
     for name in sheet.USED:
-        assert text(settings=Settings(**{name: 77})) != text(), name
+        assert text(settings=replace(SETTINGS, **{name: 77})) != text(), name
 
 
 @pytest.mark.parametrize("word", ["%", "1.07", "loopback", "TLS", "tokens", "a day", "a version", "700", "66", "random",

@@ -38,7 +38,7 @@ TOPICS = 8
 MANY = OWN + "".join(f"&topic=user-{{}}-{number}" for number in range(2, TOPICS))
 QUIET_SECONDS, HEARTBEAT_SECONDS = 3600, 1
 WORKERS_SECONDS = 30.0
-SETTLE_SECONDS = 0.5
+SETTLE_SECONDS = 0.3
 ARRIVE_SECONDS = 30.0
 ROUNDS = 5
 LEAST_STREAMS = 100
@@ -54,7 +54,7 @@ class Sample:
     @property
     def events(self) -> int:
         """Each goes to all streams."""
-        return 10 if self.streams > 2000 else 3
+        return 5 if self.streams > 2000 else 3
 
     @property
     def singles(self) -> int:
@@ -224,7 +224,6 @@ def _publish(rig: Rig, topic: str, numbers: range) -> float:
 
 def _heartbeats(rig: Rig, seconds: float, idle: float) -> tuple[Seen, float]:
     """What arrived, and microseconds for all of it."""
-    time.sleep(HEARTBEAT_SECONDS)
     rig.fleet.reset()
     begun, before = time.monotonic(), rig.cpu()
     time.sleep(seconds + HEARTBEAT_SECONDS)

@@ -67,7 +67,7 @@ def _files(load: Load, machine: Machine, need: Needs) -> Wall:
     streams = load.users * load.sockets
     return Wall(name="files", need=need.files, limit=machine.files, unit="descriptors of all processes",
                 reach=_reach(machine.files - (need.files - streams), streams),
-                setting=f"fs.file-max={_round(need.files)}", is_setting=True)
+                setting=f"fs.file-max={_above(need.files, machine.files)}", is_setting=True)
 
 
 def _ports(load: Load, machine: Machine, need: Needs) -> Iterator[Wall]:
@@ -83,7 +83,7 @@ def _backlog(load: Load, costs: Costs, machine: Machine, settings: Settings, nee
     """While all streams come back, those that cannot be opened yet wait in the queue of their worker."""
     limit = min(settings.backlog, machine.backlog)
     opened = min(need.workers, machine.cores) / need.workers / (connect_us(load, costs) * MICRO) * load.storm_seconds
-    size = _round(need.storm_queue)
+    size = _above(need.storm_queue, limit)
     return Wall(name="backlog", need=need.storm_queue, limit=limit, unit="connections that wait at a worker",
                 reach=_reach(limit + opened, load.users / need.workers),
                 setting=f"PUSHSVC_BACKLOG={size} and net.core.somaxconn={size}", is_setting=True)
@@ -93,6 +93,6 @@ def _reach(limit: float, need: float) -> float:
     return max(0.0, limit) / need if need > 0 else math.inf
 
 
-def _round(count: float) -> int:
-    """The next power of two."""
-    return 1 << max(12, math.ceil(math.log2(max(1.0, count + 1))))
+def _above(need: float, limit: int) -> int:
+    """A power of two that is more than both."""
+    return 1 << max(12, int(max(need, limit)).bit_length())
