@@ -16,10 +16,11 @@ local last = upto > 0 and upto or nil -- nothing after it belongs to this page
 -- The page so far is its first events; what lies behind its last one need not be read.
 local function cut_page()
   table.sort(order)
-  local kept, total = {}, 0
+  local kept, total, full = {}, 0, false
   for place, seq in ipairs(order) do
     local size = #found[seq][2]
-    if place > limit or (total + size > most and place > 1) then
+    full = full or place > limit or (total + size > most and place > 1)
+    if full then
       found[seq] = nil
     else
       kept[place] = seq
