@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 
-from pushsvc.event import Draft
+from pushsvc.brokers import redis_reader
+from pushsvc.errors import BrokerUnavailable
+from pushsvc.event import Draft, Event
 from pushsvc.position import Position
+from pushsvc.publisher import Publisher
 from tests.support.brokers import Side
 from tests.support.redis import Redis
+from tests.support.wait import eventually
 
 Open = Callable[..., Side]
 TIMEOUT = 30
@@ -33,6 +37,12 @@ def opened() -> Iterator[Open]:
         yield open_side
 
 
+@pytest.fixture
+def publisher(server: Redis) -> Iterator[Publisher]:
+    with Publisher(server.url) as publisher:
+        yield publisher
+
+
 def data(side: Side) -> list[str]:
     return [event.data for event in side.events]
 
@@ -49,3 +59,51 @@ def test_a_page_ends_where_an_event_has_no_room_also_if_a_later_one_would_have(s
     for number, size in enumerate((100, 600_000, 600_000, 100)):
         put(side, f"{number}" + "x" * size)
     assert [event.data[0] for event in side.history("a")] == ["0", "1", "2", "3"]
+
+
+# --- the reader
+
+
+WIDE = ("a", *(f"t{number}" for number in range(40)))  # an event of so many topics is fetched
+
+
+def test_what_came_before_an_event_that_cannot_be_fetched_is_handed_over_first(
+        server: Redis, opened: Open, publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    side = opened(server)
+    put(side, "0")
+    side.heard(1)
+    reader: Any = side.broker._reader  # type: ignore[attr-defined]
+    fetch, failures = reader._fetch, [BrokerUnavailable("once")]
+
+    def fail_once(seq: int) -> Event:
+        if failures:
+            raise failures.pop()
+        return fetch(seq)
+
+    monkeypatch.setattr(reader, "_fetch", fail_once)
+    publisher.publish_batch([{"topic": "a", "data": "1"}, {"topics": list(WIDE), "data": "2"},
+                             {"topic": "a", "data": "3"}])
+    eventually(lambda: "3" in data(side), TIMEOUT)
+    assert data(side) == ["0", "1", "2", "3"]
+    assert not side.gaps
+
+
+def test_a_topic_that_is_left_during_a_fetch_and_watched_again_is_heard(
+        server: Redis, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_reader, "UNWATCH_SECONDS", 0.0)
+    side = opened(server)
+    side.watch("t1")
+    reader: Any = side.broker._reader  # type: ignore[attr-defined]
+    fetch = reader._fetch
+
+    def fetch_late(seq: int) -> Event:
+        side.broker.unwatch(["t1"])
+        eventually(lambda: "t1" not in reader._topics)
+        return fetch(seq)
+
+    monkeypatch.setattr(reader, "_fetch", fetch_late)
+    side.broker.append([Draft(("t1", *(f"u{number}" for number in range(40))), "wide")])
+    side.heard(1)
+    side.watch("t1")
+    put(side, "next", "t1")
+    eventually(lambda: data(side) == ["wide", "next"])

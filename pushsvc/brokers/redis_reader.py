@@ -231,7 +231,7 @@ class Reader:
         if self._lost is not None:
             self._reset(Position(epoch, head), Position(epoch, min(known.seq, self._lost.seq)))
         self._lost = None
-        self._hand_over(self._fresh(early))
+        self._hand_over(early)
 
     def _barrier(self) -> list[tuple[str, Message]]:
         """What was published before this call and has not been read yet. Switches."""
@@ -303,7 +303,7 @@ class Reader:
                 if len(messages) >= MOST_TOGETHER or not self._link.has_more():
                     break
                 item = self._link.receive(PING_SECONDS)
-            self._hand_over(self._fresh(messages))
+            self._hand_over(messages)
             early = handed_at + GATHER_SECONDS - time.monotonic()
             if early > 0 or len(messages) >= MOST_TOGETHER:
                 gevent.sleep(max(early, PAUSE_SECONDS))
@@ -320,31 +320,36 @@ class Reader:
         topic = item[1][len(self._link.channels.encode()) :].decode()
         return topic, message_of(topic, item[2])
 
-    def _fresh(self, messages: Iterable[tuple[str, Message]]) -> list[Event]:
-        """The events among `messages` that were not handed over, each once. Raises _Lost if one is missing before
-        them. Switches only to fetch."""
+    def _hand_over(self, messages: Iterable[tuple[str, Message]]) -> None:
+        """The events among `messages` that were not handed over, each once, up to where something goes wrong. Raises
+        _Lost if one is missing before them. Switches only to fetch."""
         events: list[Event] = []
-        for topic, (epoch, seq, previous, event) in messages:
-            known = self._topics.get(topic)
-            if known is None or seq <= known:
-                continue
-            if epoch != self.epoch:
-                raise ConnectionError("the log has begun a new epoch")
-            if known != UNKNOWN and previous not in (known, 0):
-                self._hand_over(events)
-                raise _Lost(known, f"what came before {seq} on {topic!r} did not arrive")
-            if seq > self.last:
-                events.append(event or self._fetch(seq))
-                self.last = seq
+        try:
+            for topic, message in messages:
+                self._add(topic, message, events)
+        finally:
+            if events:
+                self._deliver(events)
+
+    def _add(self, topic: str, message: Message, events: list[Event]) -> None:
+        epoch, seq, previous, event = message
+        known = self._topics.get(topic)
+        if known is None:
+            return
+        if epoch != self.epoch:
+            raise ConnectionError("the log has begun a new epoch")
+        if seq <= known:
+            return
+        if known != UNKNOWN and previous not in (known, 0):
+            raise _Lost(known, f"what came before {seq} on {topic!r} did not arrive")
+        if seq > self.last:
+            events.append(event or self._fetch(seq))
+            self.last = seq
+        if topic in self._topics:  # it may have been left during the fetch
             self._topics[topic] = seq
-        return events
 
     def _fetch(self, seq: int) -> Event:
         names, body = self._line.command("HMGET", f"{self._line.link.prefix}e:{seq}", "t", "b")
         if body is None:
             raise _Lost(seq - 1, f"the event {seq} is gone")
         return event_of(seq, names_of(names), body)
-
-    def _hand_over(self, events: list[Event]) -> None:
-        if events:
-            self._deliver(events)
