@@ -2,15 +2,20 @@
 of several, and what fails is told. The configurations are those that ops/machines/ ships."""
 
 import contextlib
+import http.server
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import gevent
+import jwt
 import pytest
 
 from pushsvc.publisher import Publisher
@@ -27,11 +32,13 @@ from tests.support.machines import (
     Log,
     Machine,
     Sentinel,
+    changed,
     net,
     place_of,
     program,
 )
 from tests.support.reader import Message
+from tests.support.server import free_port
 from tests.support.wait import eventually
 from tests.test_chat_replay import LOG, TOPIC, Line, Oracle, Publishers, Reader, chat
 
@@ -200,6 +207,7 @@ class Outcome:
 
     def __init__(self, name: str, load: Load, listeners: list[Listener], began: float, ended: float) -> None:
         self.listeners = listeners
+        self.failed = load.failed
         self.lost = [listener.check(load.acknowledged) for listener in listeners]
         self.gaps = [len(listener.gaps) for listener in listeners]
         self.visits = [listener.visits for listener in listeners]
@@ -251,6 +259,15 @@ def test_a_worker_that_is_killed_costs_its_streams_a_reconnect(fronts: Fronts) -
     assert_nothing_lost_nor_told(outcome)
     assert sum(visits > 1 for visits in outcome.visits) >= LISTENERS // 6, "nobody listened on that machine"
     assert sum(visits == 1 for visits in outcome.visits) >= LISTENERS // 3, "others were disturbed"
+
+
+def test_a_machine_that_is_restarted_loses_nothing_and_breaks_no_publish(fronts: Fronts) -> None:
+    server = fronts.servers[2]
+    outcome = endure(fronts.url, "machine restarted", server.restart)
+    assert_nothing_lost_nor_told(outcome)
+    assert outcome.failed == 0, "a publish was broken off"
+    assert sum(visits > 1 for visits in outcome.visits) >= LISTENERS // 6, "nobody listened on that machine"
+    assert "Exception" not in server.log()
 
 
 def test_a_machine_that_is_cut_off_loses_its_streams_to_the_others_and_takes_part_again(
@@ -316,6 +333,30 @@ def test_redis_that_comes_back_empty_costs_one_gap_and_no_stream_and_ids_go_on(f
         assert place_of(told.last_event_id) > place_of(seen)
 
 
+def test_a_worker_that_hangs_is_cut_off_by_redis_and_misses_nothing_when_it_goes_on(fronts: Fronts, log: Log) -> None:
+    server, data = fronts.servers[1], "x" * 500_000
+    worker, = server.worker_pids()
+    start = publish(fronts.url, topic="large", data="start")
+    with contextlib.closing(log.client()) as client, Publisher(log.url) as publisher, \
+            Listener(server.url, ["large"], start) as listener:
+        client.config_set("client-output-buffer-limit", "pubsub 8mb 4mb 10")
+        eventually(lambda: listener.visits, message="the stream is open")
+        assert listens(client, server.host)
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            ids = [publisher.publish("large", f"{number} {data}") for number in range(60)]
+            assert not listens(client, server.host), "it was not cut off"
+        finally:
+            os.kill(worker, signal.SIGCONT)
+        eventually(lambda: listener.newest >= seq_of(ids[-1]), PATIENCE, message="the stream has the last event")
+    assert [message.last_event_id for _, message in listener.received] == ids
+
+
+def listens(client: Any, host: str) -> bool:
+    """Whether Redis has a connection from that machine that is subscribed to something."""
+    return any(each["addr"].startswith(f"{host}:") for each in client.client_list("pubsub"))
+
+
 @pytest.mark.parametrize("way", ["killed", "cut off"])
 def test_a_failover_by_sentinel_costs_one_gap_and_no_stream(way: str, machines: dict[str, Machine], fronts: Fronts,
                                                             log: Log, tmp_path: Path) -> None:
@@ -374,3 +415,52 @@ def memory(*options: str) -> list[dict[str, Any]]:
     command = [sys.executable, str(SHIPPED / "memory.py"), "--json", *options]
     found: list[dict[str, Any]] = json.loads(subprocess.run(command, check=True, capture_output=True, timeout=60).stdout)
     return found
+
+
+def test_a_user_goes_to_the_cell_of_his_number_wherever_his_token_is(tmp_path: Path) -> None:
+    cells, port = [Answering(f"cell {number}") for number in range(2)], free_port()
+    config = tmp_path / "cells.cfg"
+    ports = {f"10.0.{cell}.1{front}:8000": f"127.0.0.1:{cells[cell].port}" for cell in (0, 1) for front in (1, 2)}
+    config.write_text(changed("cells.cfg", ports | {"127.0.0.1:8080": f"127.0.0.1:{port}"}))
+    with contextlib.ExitStack() as stack:
+        for each in cells:
+            stack.enter_context(each)
+        process = subprocess.Popen([program("haproxy"), "-db", "-f", str(config)], start_new_session=True)
+        stack.callback(process.wait, 10)
+        stack.callback(process.kill)
+        url = f"http://127.0.0.1:{port}/events?topic=a"
+        eventually(lambda: request("GET", url).status == 401, message="haproxy refuses who has no token")
+        for number in range(20):
+            user = f"user-{number}"
+            token = jwt.encode({"sub": user}, "a key of the tests that has more than 32 bytes")
+            answers = [request("GET", url, headers={"Authorization": f"Bearer {token}"}),
+                       request("GET", f"{url}&access_token={token}"),
+                       request("GET", url, headers={"Cookie": f"other=1; pushsvc_token={token}"})]
+            assert {answer.text for answer in answers} == {f"cell {zlib.crc32(user.encode()) % 2}"}
+
+
+class Answering:
+    """An HTTP server that gives all requests one answer."""
+
+    def __init__(self, text: str) -> None:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.port = self._server.server_address[1]
+
+    def __enter__(self) -> Self:
+        self._greenlet = gevent.spawn(self._server.serve_forever, 0.05)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._greenlet.join(5)
