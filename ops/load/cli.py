@@ -18,7 +18,6 @@ from fleet import FleetError, run, say_progress
 from publisher import PublishError
 from servers import ServerError
 
-from load import readers, sender
 from load.crew import CrewError
 from load.dark import Dark, Site, Test
 from load.figures import differences, figures
@@ -41,10 +40,6 @@ EPILOG = """exit codes:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments[:1] in (["readers"], ["sender"]):  # one of the processes of a replay
-        {"readers": readers.main, "sender": sender.main}[arguments[0]]()
-        return OK
     options = _parser().parse_args(arguments)
     try:
         return run(lambda: int(options.command(options)))

@@ -101,8 +101,8 @@ class Crew:
     def said(self, seconds: float) -> Iterator[tuple[Member, dict[str, Any]]]:
         """What its members say within this time."""
         deadline = time.monotonic() + seconds
-        while (left := deadline - time.monotonic()) > 0:
-            for member in select.select([member for member in self.members if not member.done], [], [], left)[0]:
+        while (left := deadline - time.monotonic()) > 0 and (busy := [each for each in self.members if not each.done]):
+            for member in select.select(busy, [], [], left)[0]:
                 for answer in member.answers():
                     yield member, answer
 

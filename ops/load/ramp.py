@@ -23,6 +23,7 @@ from load.watch import Watch, descriptors_left, kernel_counters
 
 PUBLISHERS = 16
 ARRIVE_SECONDS = 5.0
+ENDED_SECONDS = 0.5
 OPEN_SECONDS = 120.0
 FEW_DESCRIPTORS = 64
 BUSY = 0.9  # of a core
@@ -159,6 +160,8 @@ class Ramp:
     def _arrived(self, fleet: Fleet, expected: int) -> Seen:
         deadline = time.monotonic() + ARRIVE_SECONDS
         while (seen := fleet.stats()).events < expected and time.monotonic() < deadline:
+            if seen.ended:  # they will not all come
+                deadline = min(deadline, time.monotonic() + ENDED_SECONDS)
             time.sleep(0.1)
         return seen
 

@@ -149,7 +149,8 @@ class Readers(Swarm):
             session.track, session.last_id = before.track, before.last_id
         elif (other := self._latest.get(_key(session))) and other.alive and other.track and other.last_id:
             session.last_id = other.last_id
-            session.track = replace(other.track, nexts=dict(other.track.nexts), missing=set())
+            session.track = replace(other.track, nexts=dict(other.track.nexts),
+                                    begun=dict(other.track.begun), missing=set())
 
     def _wait(self, number: int) -> None:
         self._sessions[number].waiting = True

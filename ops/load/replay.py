@@ -21,7 +21,7 @@ from load.shape import Shape, expanded, read_shape
 from load.watch import Watch
 
 FORMAT = 1
-LEAD_SECONDS = 1.0  # until all processes have been told when to begin
+LEAD_SECONDS = 0.5  # until all processes have been told when to begin
 LOOK_SECONDS = 1.0
 PERCENTILES = {"p50_ms": 0.5, "p90_ms": 0.9, "p99_ms": 0.99, "p999_ms": 0.999, "max_ms": 1.0}
 Progress = Callable[[str], None]

@@ -57,12 +57,14 @@ class Book:
 class Track:
     """One client's way through its events, over all reconnects that resume. asked: when it asked for its stream;
     since: from when on nothing may be missing, its head was there; both seconds since the beginning. nexts: the place in
-    each lane that comes next; none as long as nothing came. missing: what was passed over."""
+    each lane that comes next; none as long as nothing came. begun: the place that came first. missing: what was passed
+    over."""
 
     expected: Expected
     asked: float = 0.0
     since: float = inf
     nexts: dict[int, int] = field(default_factory=dict)
+    begun: dict[int, int] = field(default_factory=dict)
     missing: set[int] = field(default_factory=set)
 
 
@@ -94,7 +96,7 @@ class Tally:
         elif at > due:
             track.missing.update(track.expected.order[lane][due:at])
             track.nexts[lane] = at + 1
-        elif number in track.missing:
+        elif number in track.missing or at < track.begun[lane]:
             track.missing.discard(number)
             self.reordered += 1
         else:
@@ -105,6 +107,7 @@ class Tally:
         self.firsts.append((number, track.asked))
         track.missing.update(track.expected.order[lane][first:at])
         track.nexts[lane] = at + 1
+        track.begun[lane] = at
 
     def finish(self, track: Track, until: float, acknowledged: Sequence[float | None]) -> None:
         """The track is over: what was acknowledged before `until` should have come. acknowledged: when each event was,

@@ -1,0 +1,538 @@
+"""Load tests with the shape of real traffic: what a shape keeps, what a replay detects, when ramp and dark test stop."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gevent
+import pytest
+from gevent.server import StreamServer
+from gevent.socket import socket as Socket
+
+from tests.support.client import Stream as Client
+from tests.support.client import request
+from tests.support.server import ROOT, Server
+from tests.support.wait import eventually
+from tests.test_console import start_browser  # noqa: F401
+
+sys.path += [str(ROOT / "ops"), str(ROOT / "ops" / "bench")]
+
+from load.figures import differences, figures
+from load.ramp import Climb, Usage, broken, limits_of
+from load.recording import read_recording
+from load.report import page
+from load.shape import Event, Shape, ShapeError, Stream, expanded, read_shape, write_shape
+from load.table import read_table
+from load.verify import Book, Tally, Track
+from load.wire import data_of, read
+
+LOAD = [sys.executable, str(ROOT / "ops" / "load")]
+SHARED = Path("/work/shared/traffic")
+TIMEOUT = 60
+HEAD = "seconds,kind,who,bytes\n"
+
+
+def load(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*LOAD, *map(str, arguments)], capture_output=True, text=True, timeout=TIMEOUT)
+
+
+# --- Shapes ----------------------------------------------------------------------------------------------
+
+TABLES = {
+    "who joins is there until it leaves": ("1,join,ann,0\n3,leave,ann,0\n4,message,bob,5\n", [(0, None, 0), (1, 3, 0)]),
+    "who speaks first was there": ("2,message,ann,5\n", [(0, None, 0)]),
+    "who leaves first was there": ("2,leave,ann,0\n3,message,bob,1\n", [(0, 2, 0), (0, None, 0)]),
+    "a join of who is there is a reconnect": ("1,join,ann,0\n3,join,ann,0\n", [(1, 3, 0), (3, None, 1)]),
+    "who comes back resumes": ("1,join,ann,0\n2,leave,ann,0\n3,join,ann,0\n", [(1, 2, 0), (3, None, 1)]),
+    "who speaks after it left is back": ("1,leave,ann,0\n2,message,ann,9\n", [(0, 1, 0), (2, None, 1)]),
+    "nothing": ("", []),
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), TABLES.values(), ids=TABLES)
+def test_table_of_a_chat_becomes_streams(
+    tmp_path: Path, text: str, expected: list[tuple[float, float | None, bool]]
+) -> None:
+    (tmp_path / "table.csv").write_text(HEAD + text)
+
+    shape = read_table(tmp_path / "table.csv")
+
+    assert sorted([(each.opened, each.closed or 0, each.resumed) for each in shape.streams]) == sorted(
+        [(opened, closed or 0, resumed) for opened, closed, resumed in expected]
+    )
+
+
+def test_event_of_a_table_is_for_all_who_are_there(tmp_path: Path) -> None:
+    text = "1,message,ann,7\n2,join,bob,0\n3,message,bob,8\n4,leave,ann,0\n5,message,bob,9\n"
+    (tmp_path / "table.csv").write_text(HEAD + text)
+
+    shape = read_table(tmp_path / "table.csv")
+
+    assert [(each.at, each.bytes, each.fan_out) for each in shape.events] == [(1, 7, 1), (3, 8, 2), (5, 9, 1)]
+
+
+BAD_TABLES = {
+    "another column": ("a,b\n1,2\n", "columns"),
+    "a word for a time": (HEAD + "x,join,ann,0\n", "line 2"),
+    "a time that goes back": (HEAD + "2,join,ann,0\n1,join,bob,0\n", "line 3"),
+    "another kind": (HEAD + "1,nick,ann,0\n", "line 2"),
+    "a line cut off": (HEAD + "1,join\n", "line 2"),
+    "nobody": (HEAD + "1,join,,0\n", "line 2"),
+}
+
+
+@pytest.mark.parametrize(("text", "said"), BAD_TABLES.values(), ids=BAD_TABLES)
+def test_bad_table_is_refused_with_its_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "table.csv").write_text(text)
+
+    with pytest.raises(ShapeError, match=said):
+        read_table(tmp_path / "table.csv")
+
+
+def test_shape_has_numbers_only_and_no_identity(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text(HEAD + "".join(f"{at},join,person-{at},0\n" for at in range(50)))
+
+    assert load("import", tmp_path / "table.csv", "-o", tmp_path / "one").returncode == 0
+    assert load("import", tmp_path / "table.csv", "-o", tmp_path / "two").returncode == 0
+
+    head, *rows = (tmp_path / "one").read_text().splitlines()
+    clients = [[stream.client for stream in read_shape(tmp_path / name).streams] for name in ("one", "two")]
+    assert json.loads(head) == {"shape": 1, "seconds": 49.0, "source": "table"}
+    assert "person" not in (tmp_path / "one").read_text()
+    assert all(re.fullmatch(r'\["open",[\d.]+,\d+,\d+,\[1\],0\]', row) for row in rows)
+    assert sorted(clients[0]) == list(range(1, 51))
+    assert clients[0] != clients[1], "the numbers follow the order of the names"
+
+
+@pytest.mark.parametrize("name", ["2006-06-01", "2007-06-04", "2008-04-27"])
+def test_real_chat_becomes_a_shape_with_all_its_events(name: str, tmp_path: Path) -> None:
+    table = SHARED / f"ubuntu-irc-{name}.csv"
+    if not table.exists():
+        pytest.skip(f"{table.name} is not here")
+
+    shape = read_table(table)
+    write_shape(tmp_path / "shape", shape)
+
+    text = table.read_text()
+    assert len(shape.events) == text.count(",message,")
+    assert len({stream.client for stream in shape.streams}) == len(set(re.findall(r",(u\d+),", text)))
+    assert figures(read_shape(tmp_path / "shape")) == figures(shape)
+    assert not re.search(r"u\d", (tmp_path / "shape").read_text())
+
+
+SMALL = Shape(10.0, (Stream(0.0, 5.0, 1, (1,)), Stream(2.0, None, 2, (1, 2), True)),
+              (Event(1.0, (1,), 10, fan_out=1), Event(3.0, (1, 2), 20, 1, "latest", 3, 2)))
+
+
+def test_copies_are_others_at_other_times_and_faster() -> None:
+    shape = expanded(SMALL, times=2, speed=10, spread=0.5)
+
+    assert shape.seconds == pytest.approx(1.25)
+    assert [each.opened for each in shape.streams] == pytest.approx([0.0, 0.2, 0.25, 0.45])
+    assert [each.client for each in shape.streams] == [1, 2, 3, 4]
+    assert [each.topics for each in shape.streams] == [(1,), (1, 2), (3,), (3, 4)]
+    assert [(each.topics, each.key) for each in shape.events] == [((1,), 0), ((1, 2), 3), ((3,), 0), ((3, 4), 6)]
+
+
+def test_shapes_are_alike_within_a_tolerance_and_the_figure_that_is_not_is_named() -> None:
+    twice = expanded(SMALL, times=2, spread=0)
+
+    assert all(each.alike for each in differences(SMALL, SMALL, 0.0))
+    assert "streams_per_second" in [each.name for each in differences(SMALL, twice, 0.1) if not each.alike]
+
+
+def recorded(folder: Path, name: str, *rows: list[Any], end: str = "closed", until: float = 109.0) -> None:
+    lines = [["shape", 1, 100.0], *rows, *([["end", until, end]] if end else [])]
+    (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_recordings_of_workers_become_one_shape(tmp_path: Path) -> None:
+    recorded(tmp_path, "1.jsonl", ["open", 101.0, 1, "aa", ["t1"], 0], ["event", 102.0, 7, ["t1"], 5, "", "all", "", 1],
+             ["close", 103.0, 1, "gone"])
+    recorded(tmp_path, "2.jsonl", ["open", 101.5, 1, "aa", ["t1", "t2"], 1],
+             ["event", 102.0, 7, ["t1"], 5, "", "all", "", 1], ["event", 104.0, 8, ["t2"], 6, "ff", "latest", "cc", 1])
+
+    shape = read_recording(tmp_path)
+
+    first, second = shape.streams
+    assert (first.opened, first.closed, first.reason, first.resumed) == (1.0, 3.0, "gone", False)
+    assert (second.opened, second.closed, second.resumed, len(second.topics)) == (1.5, None, True, 2)
+    assert first.client == second.client
+    assert first.topics[0] == second.topics[0]
+    events = [(each.at, each.bytes, each.fan_out, each.keep) for each in shape.events]
+    assert events == [(2, 5, 2, "all"), (4, 6, 1, "latest")]
+    assert [bool(each.kind and each.key) for each in shape.events] == [False, True]
+
+
+def test_recording_that_was_full_ends_the_shape_there_and_a_killed_worker_ends_its_streams(tmp_path: Path) -> None:
+    recorded(tmp_path, "1.jsonl", ["open", 101.0, 1, "aa", ["t1"], 0], end="full", until=105.0)
+    recorded(tmp_path, "2.jsonl", ["open", 101.0, 1, "bb", ["t1"], 0], ["open", 103.0, 2, "cc", ["t1"], 0], end="")
+    with (tmp_path / "2.jsonl").open("a") as file:
+        file.write('["open", 104.0, 3, "d')
+
+    shape = read_recording(tmp_path)
+
+    assert shape.seconds == 5.0
+    assert [(each.opened, each.closed) for each in shape.streams] == [(1.0, None), (1.0, 3.0), (3.0, 3.0)]
+
+
+# --- Reading and verifying -------------------------------------------------------------------------------
+
+
+def chunked(*parts: bytes) -> bytes:
+    return b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts)
+
+
+@pytest.mark.parametrize("cut", range(0, 91, 7))
+def test_wire_is_read_the_same_wherever_it_is_cut(cut: int) -> None:
+    frames = b"retry: 70\n: open\nid: 1\n\nid: 2\ndata: @5 0 xx\n\n", b"event: gap\nid: 3\r\ndata: {}\r\n\r\n"
+    data = chunked(*frames)
+
+    first = read(data[:cut], True)
+    second = read(data[cut:], True, first.text, first.raw)
+
+    assert first.marks + second.marks == ((5, 0),)
+    assert first.gaps + second.gaps == 1
+    assert (second.last_id or first.last_id, first.retry or second.retry) == (b"3", 70)
+    assert (second.text, second.raw) == (b"", b"")
+    assert read(data + b"0\r\n\r\n", True).ended
+
+
+def test_data_of_an_event_has_its_size_and_is_read_back() -> None:
+    assert len(data_of(1500, 7, 100)) == 100
+    assert read(f"data: {data_of(1500, 7, 3)}\n\n".encode(), False).marks == ((1500, 7),)
+
+
+EVENTS = [Event(float(at), (1,) if at != 3 else (2,), 10) for at in range(6)]
+TAKEN = {
+    "all": ([0, 1, 2, 4, 5], {}),
+    "one lost in the middle": ([0, 1, 4, 5], {"lost": 1}),
+    "the last lost": ([0, 1, 2, 4], {"lost": 1}),
+    "none": ([], {"lost": 5}),
+    "one doubled": ([0, 1, 1, 2, 4, 5], {"doubled": 1}),
+    "two in the wrong order": ([0, 2, 1, 4, 5], {"reordered": 1}),
+    "one of another topic": ([0, 1, 2, 3, 4, 5], {"stray": 1}),
+}
+
+
+@pytest.mark.parametrize(("taken", "wrong"), TAKEN.values(), ids=TAKEN)
+def test_tally_tells_what_went_wrong(taken: list[int], wrong: dict[str, int]) -> None:
+    tally, track = Tally(), Track(Book(EVENTS).expected((1,)), asked=-1.0, since=-0.5)
+
+    for number in taken:
+        tally.take(track, number)
+    tally.finish(track, 100.0, [each.at for each in EVENTS])
+
+    found = {"lost": sum(tally.lost.values()), "doubled": tally.doubled, "reordered": tally.reordered,
+             "stray": tally.stray, "stale": tally.stale([each.at for each in EVENTS])}
+    assert {name: count for name, count in found.items() if count} == wrong
+
+
+def test_stream_is_owed_what_is_due_after_its_head_and_may_have_what_was_on_its_way() -> None:
+    expected, acknowledged = Book(EVENTS).expected((1,)), [each.at for each in EVENTS]
+    late, early, old = Tally(), Tally(), Tally()
+
+    late.take(Track(expected, asked=1.4, since=1.5), 4)
+    early.take(Track(expected, asked=1.4, since=1.5), 1)
+    old.take(Track(expected, asked=4.4, since=4.5), 0)
+
+    assert late.stale(acknowledged) == early.stale(acknowledged) == 0
+    assert old.stale(acknowledged) == 1
+
+
+# --- Replays ---------------------------------------------------------------------------------------------
+
+
+def crowd(seconds: float, streams: int, events: int) -> Shape:
+    """Streams that come and go and come back, of one topic or two, and events for one topic or two."""
+    people = [Stream(0.1 * (number % 5), None, number, (1 + number % 3, 4) if number % 2 else (1 + number % 3,))
+              for number in range(1, streams + 1)]
+    people += [Stream(0.2, seconds / 3, 1000 + number, (4,)) for number in range(streams // 4)]
+    people += [Stream(seconds / 2, None, 1000 + number, (4,), True) for number in range(streams // 4)]
+    said = [Event(seconds * number / events, (1 + number % 3, 4) if number % 4 == 0 else (1 + number % 4,),
+                  40 + number % 90) for number in range(events)]
+    return Shape(seconds, tuple(sorted(people, key=lambda each: each.opened)), tuple(said), "test")
+
+
+class Faulty:
+    """A small server of event streams, over HTTP without chunks, with a fault that it is told."""
+
+    def __init__(self, fault: str) -> None:
+        self._fault = fault
+        self._streams: list[tuple[set[str], Socket]] = []
+        self._history: list[tuple[set[str], bytes]] = []
+        self._server = StreamServer(("127.0.0.1", 0), self._serve)
+        self._server.start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def stop(self) -> None:
+        self._server.stop(timeout=0)
+
+    def _serve(self, connection: Socket, address: object) -> None:
+        data = b""
+        while part := connection.recv(65536):
+            data += part
+            head, end, rest = data.partition(b"\r\n\r\n")
+            if not end:
+                continue
+            if head.startswith(b"GET"):
+                self._subscribe(connection, head)
+                data = b""
+                continue
+            length = int(re.search(rb"Content-Length: (\d+)", head)[1])  # type: ignore[index]
+            if len(rest) >= length:
+                self._publish(json.loads(rest[:length]))
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+                data = rest[length:]
+
+    def _subscribe(self, connection: Socket, head: bytes) -> None:
+        topics = set(re.findall(r"topic=([^&\s]*)", head.decode()))
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n: open\n\n")
+        if self._fault == "stale":
+            connection.sendall(b"".join(frame for named, frame in self._history if not topics.isdisjoint(named)))
+        self._streams.append((topics, connection))
+
+    def _publish(self, event: dict[str, Any]) -> None:
+        number = len(self._history)
+        frame = f"id: {number}\ndata: {event['data']}\n\n".encode()
+        self._history.append((set(event["topics"]), frame))
+        for topics, connection in self._streams:
+            if not topics.isdisjoint(event["topics"]) or (self._fault == "stray" and number % 10 == 5):
+                connection.sendall(frame * (2 if self._fault == "doubled" and number % 10 == 5 else 1))
+
+
+class Losing(Faulty):
+    def _publish(self, event: dict[str, Any]) -> None:
+        if len(self._history) % 10 == 5:
+            self._history.append((set(), b""))
+        else:
+            super()._publish(event)
+
+
+class Reordering(Faulty):
+    """Holds one event back until the next has gone out."""
+
+    _kept: dict[str, Any] | None = None
+
+    def _publish(self, event: dict[str, Any]) -> None:
+        if self._kept is None and len(self._history) % 10 == 5:
+            self._kept = event
+            return
+        super()._publish(event)
+        if self._kept is not None:
+            kept, self._kept = self._kept, None
+            super()._publish(kept)
+
+
+FAULTS = {"none": Faulty, "lost": Losing, "doubled": Faulty, "reordered": Reordering, "stray": Faulty, "stale": Faulty}
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What a replay says of each faulty server: all at once, for most of it is waiting."""
+    folder = tmp_path_factory.mktemp("faults")
+    one = Shape(2.5, tuple(Stream(0.1 if number < 5 else 1.8, None, number, (1 + number % 2,)) for number in range(10)),
+                tuple(Event(0.5 + number * 0.02, (1,) if number < 90 else (2,), 40) for number in range(95)))
+    write_shape(folder / "shape", one)
+
+    def judge(name: str) -> dict[str, Any]:
+        server = FAULTS[name](name)
+        try:
+            done = load("replay", folder / "shape", "--url", server.url, "--readers", 1, "--settle", 2, "--json")
+        finally:
+            server.stop()
+        return {"code": done.returncode, **json.loads(done.stdout)}
+
+    greenlets = {name: gevent.spawn(judge, name) for name in FAULTS}
+    return {name: greenlet.get() for name, greenlet in greenlets.items()}
+
+
+def test_replay_finds_nothing_wrong_with_a_right_server(verdicts: dict[str, Any]) -> None:
+    assert verdicts["none"]["verdict"] == {"complete": True, "ordered": True, "published": True}
+    assert verdicts["none"]["code"] == 0
+
+
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "none"])
+def test_replay_detects_a_server_that_breaks_a_promise(fault: str, verdicts: dict[str, Any]) -> None:
+    wrong = {name for name, count in verdicts[fault]["wrong"].items() if count and name != "received"}
+
+    assert wrong == {fault}
+    assert verdicts[fault]["code"] == 1
+
+
+@pytest.fixture(scope="module")
+def replayed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], Shape]:
+    """A replay with forced reconnects against the service, its result, and what the service has recorded of it."""
+    folder = tmp_path_factory.mktemp("replay")
+    write_shape(folder / "shape", crowd(4.0, 40, 200))
+    with Server(folder / "server", workers=2, env={"PUSHSVC_RECORD_DIR": str(folder / "recording")}) as server:
+        done = load("replay", folder / "shape", "--url", server.url, "--times", 2, "--breaks", 1,
+                    "-o", folder / "found.json", "--report", folder / "report.html")
+        server.terminate(20)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert load("record", folder / "recording", "-o", folder / "recorded").returncode == 0
+    return folder, json.loads((folder / "found.json").read_text()), read_shape(folder / "recorded")
+
+
+def test_replay_against_the_service_is_complete_and_in_order_through_forced_reconnects(
+    replayed: tuple[Path, dict[str, Any], Shape]
+) -> None:
+    _, found, _ = replayed
+
+    assert found["totals"]["resumed"] > 80
+    assert found["totals"]["published"] == 400
+    assert found["totals"]["received"] > 4000
+    assert {name: count for name, count in found["wrong"].items() if name != "received"} == {
+        "lost": 0, "replaced": 0, "doubled": 0, "reordered": 0, "stray": 0, "stale": 0}
+    assert sum(count for _, count in found["histogram"]) == found["totals"]["received"]
+    assert sum(second["received"] for second in found["seconds"]) == found["totals"]["received"]
+    assert found["server_cpu_seconds"] > 0
+
+
+def test_recording_of_a_replay_has_its_streams_and_events(replayed: tuple[Path, dict[str, Any], Shape]) -> None:
+    folder, found, recorded = replayed
+    planned = expanded(read_shape(folder / "shape"), times=2)
+
+    assert sorted(each.bytes for each in recorded.events) == sorted(each.bytes for each in planned.events)
+    assert sorted(len(each.topics) for each in recorded.events) == sorted(len(each.topics) for each in planned.events)
+    assert len(recorded.streams) == found["totals"]["opened"]
+    assert sum(each.resumed for each in recorded.streams) == found["totals"]["resumed"]
+    assert {len(each.topics) for each in recorded.streams} == {1, 2}
+    assert len({each.client for each in recorded.streams}) <= 6, "clients are told apart by user or address"
+    text = "".join(path.read_text() for path in (folder / "recording").iterdir())
+    assert "load-" not in text
+    assert "xxx" not in text
+    assert "127.0" not in text
+
+
+OUTSIDE = re.compile(r"<(script|link|img|iframe|object|embed|base)\b|(src|href|srcset)\s*=|url\(|@import|https?://", re.I)
+
+
+def test_report_is_one_page_that_needs_nothing_else(replayed: tuple[Path, dict[str, Any], Shape]) -> None:
+    folder, found, _ = replayed
+    other = found | {"label": "<b>another</b>", "about": {}}
+
+    text = page([found, other])
+
+    assert not OUTSIDE.search(text.replace(str(found["about"]["url"]), ""))
+    assert text.count("<svg") == 8
+    assert "&lt;b&gt;another" in text
+    assert "<b>" not in text
+    assert (folder / "report.html").read_text().count("<svg") == 8
+
+
+def test_page_without_a_result_is_refused_with_a_message(tmp_path: Path) -> None:
+    done = load("replay", tmp_path / "nothing")
+
+    assert done.returncode == 2
+    assert "nothing" in done.stderr
+
+
+# --- Ramp and dark test ----------------------------------------------------------------------------------
+
+
+def test_ramp_stops_at_the_objective_and_names_the_limit(tmp_path: Path) -> None:
+    with Server(tmp_path / "server", workers=1, env={"PUSHSVC_MAX_STREAMS": "150"}) as server:
+        done = load("ramp", "--url", server.url, "--step", 100, "--most", 1000, "--hold", 0.5, "--p99", 10_000, "--json")
+
+    found = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert [level["streams"] for level in found["levels"]] == [100, 200]
+    assert found["held"] == 100
+    assert "max_streams" in found["limits"][0]
+
+
+LEVEL = {"publish": "", "failed": 0, "ended": 0, "lost": 0, "p99_ms": 5.0, "busiest": 0.1, "client_busiest": 0.1,
+         "server_cores": 0.1}
+CLIMB = Climb("streams", 1, 1, 1, 1.0, p99_ms=10.0)
+
+
+def test_level_is_broken_by_its_p99_by_errors_and_by_a_failed_publish() -> None:
+    assert broken(LEVEL, CLIMB) == ""
+    assert "p99" in broken(LEVEL | {"p99_ms": 10.1}, CLIMB)
+    assert "lost" in broken(LEVEL | {"lost": 1}, CLIMB)
+    assert "publish" in broken(LEVEL | {"publish": "503"}, CLIMB)
+
+
+LIMITS = {
+    "ports": ({}, {}, {"EADDRNOTAVAIL": 3}, None, "the client's ports"),
+    "own descriptors": ({}, {}, {"EMFILE": 3}, None, "the client's descriptors"),
+    "backlog": ({}, {"TcpExt.ListenOverflows": 2}, {}, None, "the accept queue"),
+    "descriptors": ({}, {}, {}, 5, "the server's descriptors"),
+    "refusals": ({"ended": 4}, {}, {}, None, "the server's own bound"),
+    "processor": ({"busiest": 0.97}, {}, {}, None, "the server's processor"),
+    "own processor": ({"client_busiest": 0.97}, {}, {}, None, "the client's own processor"),
+    "nothing": ({}, {}, {}, None, "no limit"),
+}
+
+
+@pytest.mark.parametrize(("level", "kernel", "errors", "descriptors", "said"), LIMITS.values(), ids=LIMITS)
+def test_limit_is_named_by_what_was_met(
+    level: dict[str, Any], kernel: dict[str, int], errors: dict[str, int], descriptors: int | None, said: str
+) -> None:
+    [limit] = limits_of(LEVEL | level, Usage(kernel, {}), errors, descriptors, 0.5, True)
+
+    assert limit.startswith(said)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[tuple[Server, Server]]:
+    """A service, and a canary that pages of the service may use."""
+    with Server(tmp_path / "service", workers=1) as service, Server(
+        tmp_path / "canary", workers=1, env={"PUSHSVC_CORS_ORIGINS": service.url}
+    ) as canary:
+        yield service, canary
+
+
+def orders(service: Server) -> list[dict[str, Any]]:
+    with Client(service.url, "pushsvc-dark", last_event_id="earliest") as stream:
+        return [json.loads(stream.next().data)]
+
+
+def streams(server: Server) -> int:
+    text = request("GET", f"{server.url}/metrics").text
+    return int(sum(float(value) for value in re.findall(r"^pushsvc_streams\{.*\} (\S+)$", text, re.M)))
+
+
+def test_dark_test_stops_at_its_objective_and_tells_the_pages(pair: tuple[Server, Server]) -> None:
+    service, canary = pair
+
+    done = load("dark", "--url", service.url, "--canary", canary.url, "--percent", "10,100", "--hold", 20, "--p99", 0.001,
+                "--json")
+
+    found = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert [level["percent"] for level in found["levels"]] == [10]
+    assert "p99" in found["limits"][0]
+    assert orders(service) == [{"url": "", "streams": 0, "percent": 0, "until": 0}]
+
+
+def test_dark_test_of_real_pages_opens_streams_on_the_canary_and_ends_them_when_it_is_broken_off(
+    start_browser: Any, pair: tuple[Server, Server]  # noqa: F811
+) -> None:
+    service, canary = pair
+    browser = start_browser()
+    try:
+        browser.get(f"{service.url}/healthz")
+        browser.execute_script((ROOT / "ops" / "load" / "dark.js").read_text() + "window.pushsvcDark = pushsvcDark")
+        browser.execute_script("pushsvcDark(...arguments)", service.url, {"canary": canary.url})
+        browser.execute_script("pushsvcDark(...arguments)", service.url, {"canary": "http://127.0.0.1:1"})
+        options = ["--streams", "3", "--percent", "100", "--p99", "10000"]
+        test = subprocess.Popen([*LOAD, "dark", "--url", service.url, "--canary", canary.url, *options],
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            eventually(lambda: streams(canary) == 4, timeout=20, message="three of the page, one of the command")
+            os.kill(test.pid, signal.SIGINT)
+            assert test.wait(20) == 130
+        finally:
+            test.kill()
+            test.wait()
+        eventually(lambda: streams(canary) == 0, timeout=20, message="the page has ended its streams")
+    finally:
+        browser.quit()
