@@ -107,3 +107,21 @@ def test_a_topic_that_is_left_during_a_fetch_and_watched_again_is_heard(
     side.watch("t1")
     put(side, "next", "t1")
     eventually(lambda: data(side) == ["wide", "next"])
+
+
+def test_a_new_log_with_lower_numbers_is_heard_from_its_first_event(
+        server: Redis, opened: Open, publisher: Publisher) -> None:
+    """A process that knows of no log gets to an emptied server before those that do."""
+    side = opened(server)
+    for number in range(20):
+        put(side, str(number))
+    side.heard(20)
+    with contextlib.closing(server.client()) as client:
+        client.flushall()
+    publisher.publish("a", "new")
+    eventually(lambda: len(side.resets) == 2, TIMEOUT)
+    for number in range(3):
+        put(side, f"newer {number}")
+    eventually(lambda: len(data(side)) >= 23, TIMEOUT)
+    assert data(side)[20:] in (["new", "newer 0", "newer 1", "newer 2"], ["newer 0", "newer 1", "newer 2"])
+    assert side.events[-1].seq < 10

@@ -180,6 +180,7 @@ class Reader:
         if not known.epoch or not self._continues(known):
             self.epoch, self.last = epoch, newest
             self.past = self._link.past
+            self._topics = dict.fromkeys(self._topics, UNKNOWN)  # the numbers may have gone back
             self._reset(Position(epoch, newest))
             known, self._lost = Position(epoch, newest), None
         self._catch_up(known, epoch, early)
