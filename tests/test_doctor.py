@@ -7,8 +7,10 @@ import ipaddress
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -246,11 +248,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def examined(
     request: pytest.FixtureRequest, server: Server, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[Scenario], Examined]]:
-    """Each scenario that a test of this run asks for; several are under way at once, for they mostly wait."""
+    """Each scenario that a test of this run asks for; several are under way at once, for they mostly wait. One whose
+    proxy is missing tells its test so."""
     asked = [item.callspec.params["scenario"] for item in request.session.items
              if getattr(item, "callspec", None) and "scenario" in item.callspec.params]
-    for kind in {scenario.kind for scenario in asked}:
-        program(kind.name)
     directory = tmp_path_factory.mktemp("scenarios")
     with ThreadPoolExecutor(AT_ONCE) as pool:
         runs: dict[str, Future[Examined]] = {
@@ -376,6 +377,19 @@ def test_address_that_nobody_listens_on_is_unexamined() -> None:
     assert (run.code, run.checks) == (UNEXAMINED, []), run.text
 
 
+def test_doctor_that_is_broken_off_ends_at_once(open_server: Server) -> None:
+    arguments = ["--only", "path", "--url", open_server.url, "--seconds", "90"]
+    command = [sys.executable, str(ROOT / "ops" / "doctor"), *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        try:
+            assert running.stderr is not None
+            assert "listening" in running.stderr.readline()
+            running.send_signal(signal.SIGINT)
+            assert (running.wait(PATIENCE), running.stderr.read()) == (130, "")
+        finally:
+            running.kill()
+
+
 @pytest.mark.parametrize("arguments", [
     ("--only", "path"), ("--url", "push.example.com"), ("--config", "/nonexistent"), ("--seconds", "0"), ("--unknown",),
     ("--url", "https://push.example.com", "--proxy-config", __file__),
@@ -476,15 +490,23 @@ def test_streams_that_have_no_descriptors_are_found_and_what_would_do_fits(place
     assert "descriptors" in process(place, "--streams", "5000", descriptors=int(enough[1]) - 1).checks
 
 
-def test_limits_of_the_unit_count_instead_of_those_of_the_shell(place: Path) -> None:
+def test_limits_and_environment_of_the_unit_count_instead_of_those_of_the_shell(place: Path) -> None:
     unit = place / "pushsvc.service"
-    unit.write_text((ROOT / "ops" / "systemd" / "pushsvc.service").read_text()
-                    .replace("LimitNOFILE=1048576", "LimitNOFILE=2000").replace("TimeoutStopSec=45", "TimeoutStopSec=20"))
+    env = place / "pushsvc.env"
+    env.write_text("\nPUSHSVC_AUTH=none\nPUSHSVC_BIND=0.0.0.0:8000\n")
+    text = (ROOT / "ops" / "systemd" / "pushsvc.service").read_text()
+    for old, new in (("LimitNOFILE=1048576", "LimitNOFILE=2000"), ("TimeoutStopSec=45", "TimeoutStopSec=20"),
+                     ("/etc/pushsvc/pushsvc.env", str(env)), ("sqlite:/var/lib", f"sqlite:{place}")):
+        assert old in text
+        text = text.replace(old, new)
+    unit.write_text(text)
 
     run = process(place, "--streams", "5000", "--unit", str(unit))
 
     assert run.finding("descriptors")["line"] == line_of(unit, "LimitNOFILE=")
     assert run.finding("graceful")["line"] == line_of(unit, "TimeoutStopSec=")
+    assert (run.finding("access")["file"], run.finding("access")["line"]) == (str(env), 2)
+    assert str(place / "pushsvc" / "pushsvc.db") in run.report["facts"]["process"]
 
 
 def test_more_streams_than_a_proxy_has_ports_are_found_where_a_proxy_is(place: Path, server: Server) -> None:
@@ -539,6 +561,21 @@ def test_log_of_a_running_service_is_tried_and_left_as_it_was(place: Path, serve
     assert "broker" not in run.checks, run.text
     again = client.publish(server.url, headers={"Authorization": f"Bearer {token()}"}, topic="doctor-log", data="two")
     assert again.partition("-")[0] == published.partition("-")[0]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
+def test_root_leaves_no_file_of_its_own_beside_the_log(place: Path) -> None:
+    with tempfile.TemporaryDirectory() as name:  # not in pytest's, which other users cannot enter
+        os.chown(name, 65534, 65534)
+        env = {"PUSHSVC_BROKER_URL": f"sqlite:{name}/push.db"}
+        trial = [sys.executable, str(ROOT / "ops" / "doctor" / "trial.py"), name]
+        subprocess.run(trial, env=os.environ | env, check=True)
+        assert Path(name, "push.db").exists()
+
+        run = process(place, env=env)
+
+        assert "broker" not in run.checks, run.text
+        assert {each.stat().st_uid for each in Path(name).rglob("*")} == {65534}
 
 
 def test_disk_that_history_may_outgrow_is_found(place: Path) -> None:

@@ -1,7 +1,7 @@
 """Looks at a push server before it goes live: its process on this machine, and the path of a stream through the public
 URL. Says what would break, and which line to change.
 
-Exit codes: 0 nothing to change, 1 findings, 2 wrong usage, 3 something could not be examined.
+Exit codes: 0 nothing to change, 1 findings, 2 wrong usage, 3 something could not be examined, 130 broken off.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from finding import Report
 from host import HostError
 from wire import parse
 
-CLEAN, FOUND, USAGE, UNEXAMINED = range(4)
+CLEAN, FOUND, UNEXAMINED, BROKEN_OFF = 0, 1, 3, 130  # 2 is argparse's
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -100,4 +100,8 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        say("", True)
+        sys.exit(BROKEN_OFF)

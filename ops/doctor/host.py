@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ PROC = Path("/proc/sys")
 NETWORK = ("nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "ceph", "glusterfs", "lustre")
 SECONDS = 60.0  # for a process that loads what the service loads
 INFINITE = 1 << 62
+DEFAULT_NAME = "pushsvc.db"
 VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # given, the configuration makes no folder of its own
 
 
@@ -61,11 +63,25 @@ class Service:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def environment(path: str, inherited: Mapping[str, str]) -> dict[str, str]:
-    """`inherited` and what the file sets, one NAME=value a line, as systemd's EnvironmentFile. Raises OSError."""
+def environment(path: str, unit: str, inherited: Mapping[str, str]) -> dict[str, str]:
+    """`inherited`, what the unit sets, and what the file sets, one NAME=value a line, as systemd's EnvironmentFile.
+    Raises OSError."""
+    set_there = [pair.partition("=") for value in _values(unit, "Environment") for pair in shlex.split(value)]
     lines = [line.strip() for line in Path(path).read_text().splitlines()] if path else []
     pairs = [line.partition("=") for line in lines if line and line[0] not in "#;" and "=" in line]
-    return {**inherited, **{name.strip(): _unquoted(value.strip()) for name, _, value in pairs}}
+    return {**inherited, **{name: value for name, _, value in set_there},
+            **{name.strip(): _unquoted(value.strip()) for name, _, value in pairs}}
+
+
+def environment_file(unit: str) -> str:
+    """The one that a unit names; "" for none that is there. Raises OSError."""
+    files = [value.removeprefix("-") for value in _values(unit, "EnvironmentFile")]
+    return next((file for file in files if Path(file).is_file()), "")
+
+
+def _values(unit: str, name: str) -> list[str]:
+    """All that a unit, "" for none, sets under a name."""
+    return re.findall(rf"^{name}=(.+)$", Path(unit).read_text(), re.M) if unit else []
 
 
 def _unquoted(value: str) -> str:
@@ -107,8 +123,9 @@ def limits(unit: str) -> Limits:
     """unit: a systemd unit whose LimitNOFILE holds instead of ours; "" for none. Raises OSError."""
     hard, source = resource.getrlimit(resource.RLIMIT_NOFILE)[1], "`ulimit -Hn` of this shell"
     nr_open = _number("fs/nr_open")
-    if unit and (found := re.search(r"^LimitNOFILE=(?:\d+:)?(\w+)$", Path(unit).read_text(), re.M)):
-        hard, source = int(found[1]) if found[1].isdecimal() else nr_open, "LimitNOFILE"
+    if found := _values(unit, "LimitNOFILE"):
+        last = found[-1].rpartition(":")[2]
+        hard, source = int(last) if last.isdecimal() else nr_open, "LimitNOFILE"  # else it is `infinity`
     low, high = map(int, (PROC / "net/ipv4/ip_local_port_range").read_text().split())
     return Limits(INFINITE if hard == resource.RLIM_INFINITY else hard, source, nr_open, _number("fs/file-max"),
                   _number("net/core/somaxconn"), high - low + 1)
@@ -123,8 +140,8 @@ def log_of(broker_url: str, directory: Path) -> Log:
     scheme, _, rest = broker_url.partition(":")
     if scheme != "sqlite":
         return Log()
-    path = directory / (rest[2:] if rest.startswith("//") else rest or "pushsvc.db")
-    path = path / "pushsvc.db" if path.is_dir() else path
+    path = directory / (rest.removeprefix("//") or f"var/{DEFAULT_NAME}")
+    path = path / DEFAULT_NAME if rest.endswith("/") or path.is_dir() else path
     nearest = next(each for each in path.parents if each.is_dir())
     held = sum(each.stat().st_size for each in (path, path.with_name(path.name + "-wal")) if each.exists())
     folder = path.parent if path.parent.is_dir() else nearest

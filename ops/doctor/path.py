@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import marks
 import replies
@@ -147,14 +146,13 @@ def _look_at_head(visit: Visit, head: Head) -> None:
 
 def _listen(visit: Visit) -> None:
     """What needs an open stream; silence takes longest, so it is listened to meanwhile."""
-    with ThreadPoolExecutor(1) as pool:
-        quiet = pool.submit(silence.listen, visit)
-        for step in (marks.examine, replies.errors, replies.access, replies.cors, replies.headers):
-            try:
-                step(visit)
-            except Failure as error:
-                visit.note(f"{step.__doc__}: {error or 'no answer in time'}")
-        silence.wait(visit, quiet)
+    listening = silence.start(visit)
+    for step in (marks.examine, replies.errors, replies.access, replies.cors, replies.headers):
+        try:
+            step(visit)
+        except Failure as error:
+            visit.note(f"{step.__doc__}: {error or 'no answer in time'}")
+    silence.wait(visit, listening)
 
 
 def _bare(url: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import host
@@ -12,7 +13,8 @@ from finding import Finding, Report
 
 def examine(asked: Asked) -> Report:
     """Raises HostError, OSError."""
-    environ = host.environment(asked.env, os.environ)
+    asked = replace(asked, env=asked.env or host.environment_file(asked.unit))
+    environ = host.environment(asked.env, asked.unit, os.environ)
     service = host.load(asked.config, environ)
     if not service.settings:
         return Report([Finding("start", f"the service does not start: {service.stopped}", "there is no service",

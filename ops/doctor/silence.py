@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -24,6 +25,20 @@ class Heard:
     silent: float
     beat: float
     cut: bool
+
+
+def start(visit: Visit) -> Future[Heard]:
+    """Begin to listen, in a thread that does not hold up the end of the program."""
+    heard: Future[Heard] = Future()
+
+    def run() -> None:
+        try:
+            heard.set_result(listen(visit))
+        except Failure as error:
+            heard.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return heard
 
 
 def listen(visit: Visit) -> Heard:

@@ -25,6 +25,7 @@ SECONDS = 10
 
 
 def main() -> int:
+    gevent.get_hub()  # made while all that it imports can be read
     if len(sys.argv) > 1:
         become_owner(Path(sys.argv[1]))
     try:
