@@ -12,7 +12,7 @@ from pushsvc.errors import BrokerUnavailable
 from pushsvc.event import Draft, Event
 from pushsvc.position import Position
 from pushsvc.publisher import Publisher
-from tests.support.brokers import Side
+from tests.support.brokers import WATCHED, Side
 from tests.support.redis import Redis
 from tests.support.wait import eventually
 
@@ -125,3 +125,29 @@ def test_a_new_log_with_lower_numbers_is_heard_from_its_first_event(
     eventually(lambda: len(data(side)) >= 23, TIMEOUT)
     assert data(side)[20:] in (["new", "newer 0", "newer 1", "newer 2"], ["newer 0", "newer 1", "newer 2"])
     assert side.events[-1].seq < 10
+
+
+def test_a_process_that_has_left_its_last_topic_is_still_ready(
+        server: Redis, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_reader, "UNWATCH_SECONDS", 0.0)
+    side = opened(server)
+    side.broker.unwatch(WATCHED)
+    eventually(lambda: not side.broker._reader._topics)  # type: ignore[attr-defined]
+    side.broker.check()
+    side.watch("a")
+    put(side, "heard")
+    assert [event.data for event in side.heard(1)] == ["heard"]
+    assert len(side.resets) == 1
+
+
+def test_a_message_that_comes_half_keeps_nobody_waiting(
+        server: Redis, opened: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    side = opened(server)
+    side.broker.head()
+    monkeypatch.setattr(redis_reader, "PING_SECONDS", 0.1)
+    monkeypatch.setattr(side.broker._reader._link, "has_more", lambda: True)  # type: ignore[attr-defined]
+    for number in range(3):
+        put(side, str(number))
+        side.heard(number + 1)
+    assert data(side) == ["0", "1", "2"]
+    assert "broker failing" not in caplog.messages

@@ -196,12 +196,12 @@ class Reader:
     def _subscribe_all(self) -> int:
         asked, topics = self._asked, list(self._topics)
         self._orders.clear()
-        commands: list[Arguments] = [
+        # One channel that no topic has: a connection without any would answer a PING in another form.
+        commands: list[Arguments] = [["SUBSCRIBE", f"{self._link.channels}\n"]]
+        commands += [
             ["SUBSCRIBE", *(self._link.channels + topic for topic in topics[start : start + MOST_TOGETHER])]
             for start in range(0, len(topics), MOST_TOGETHER)]
-        self._link.send([*commands, ("PING", "joined") if topics else ("SUBSCRIBE", f"{self._link.channels}\n")])
-        if not topics:  # a connection that never subscribed would answer a PING in another form
-            self._link.send([("PING", "joined")])
+        self._link.send([*commands, ("PING", "joined")])
         return asked
 
     def _hear_until(self, token: str) -> list[tuple[str, Message]]:
@@ -304,6 +304,8 @@ class Reader:
                 if len(messages) >= MOST_TOGETHER or not self._link.has_more():
                     break
                 item = self._link.receive(PING_SECONDS)
+                if item is None:  # a part of a message, and nothing after it
+                    break
             self._hand_over(messages)
             early = handed_at + GATHER_SECONDS - time.monotonic()
             if early > 0 or len(messages) >= MOST_TOGETHER:
