@@ -5,6 +5,7 @@ The five run at the same time, each in a network of its own; most of their time 
 
 import contextlib
 import functools
+import http.client
 import json
 import os
 import re
@@ -17,7 +18,8 @@ from typing import Any, NoReturn
 
 import pytest
 
-from tests.support.server import ROOT
+from tests.support.client import request
+from tests.support.server import ROOT, Server
 
 SHOW = ROOT / "ops" / "limits" / "show.py"
 STREAMS = {1: 300, 2: 200, 3: 90, 4: 100, 5: 2000}
@@ -115,6 +117,19 @@ def test_worker_without_descriptors_refuses_softly_and_goes_on_without_a_spin(sh
     assert (refusing["health"], refusing["publish"]) == ("200", "200")
     assert refusing["cpu_when_full"] < 0.5, "a loop that finds no descriptor and asks again takes a whole core"
     assert raised["open"] == 2 * STREAMS[4]
+
+
+def test_connection_that_finds_all_places_taken_by_idle_ones_is_served_at_once(tmp_path: Path) -> None:
+    env = {"PUSHSVC_MAX_CONNECTIONS": "4", "PUSHSVC_KEEPALIVE_SECONDS": "60"}
+    with Server(tmp_path, workers=1, env=env) as server:
+        idle = [http.client.HTTPConnection("127.0.0.1", server.port, timeout=5) for _ in range(6)]
+        for connection in idle:
+            connection.request("GET", "/healthz")
+            assert connection.getresponse().read() == b"ok\n"
+        assert request("GET", f"{server.url}/healthz", timeout=5).status == 200
+        for connection in idle:
+            connection.close()
+        assert "Traceback" not in server.log()
 
 
 def test_worker_that_is_short_of_memory_refuses_streams_before_the_kernel_kills_it(shown: Shown) -> None:

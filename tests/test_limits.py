@@ -45,8 +45,8 @@ class Machine:
                               check=False)
 
     def run(self, *arguments: str) -> tuple[int, str]:
-        done = self.sh(sys.executable, str(LIMITS), *arguments, "--streams", STREAMS, "--workers", "4", "--root",
-                       str(self.root))
+        done = self.sh(sys.executable, str(LIMITS), "--streams", STREAMS, "--workers", "4", "--root",
+                       str(self.root), *arguments)
         return done.returncode, done.stdout + done.stderr
 
     def sysctls(self) -> dict[str, str]:
@@ -186,6 +186,15 @@ def test_apply_a_second_time_changes_nothing(machine: Machine) -> None:
     code, said = machine.run("apply", "--exit-code")
     assert (code, machine.all()) == (ENOUGH, once)
     assert "changed nothing" in said
+
+
+def test_apply_for_fewer_streams_lowers_nothing(machine: Machine) -> None:
+    machine.run("apply", "--workers", "1")
+    before = machine.all()
+    assert machine.run("apply", "--workers", "4")[0] == ENOUGH
+    lines = [name for name in FILES if machine.tree()[name] != before[1][name]]
+    assert machine.sysctls() == before[0]
+    assert b"PUSHSVC_BACKLOG=32768\n" in (machine.tree()[FILES[2]][0] or b""), lines
 
 
 def test_files_of_others_are_left_alone_and_a_file_in_our_place_comes_back(machine: Machine) -> None:

@@ -22,10 +22,11 @@ def contents(target: Target, sysctls: Mapping[str, Need], root: Path, user: str,
              workers: bool) -> dict[Path, bytes]:
     """Each file below `root`, and what it is to hold. sysctls: what was raised. backlog: of the service, without being
     told. workers: whether to set their number."""
-    nofile = max(descriptors(target), *(of_unit(path) for path in (*(root / each for each in UNITS), SHIPPED)))
+    nofile = max(descriptors(target), promised(root), of_unit(SHIPPED))
     service = [f"LimitNOFILE={'infinity' if nofile >= UNLIMITED else nofile}"]
-    if queue(target) > backlog:
-        service.append(f"Environment=PUSHSVC_BACKLOG={queue(target)}")
+    waiting = max(queue(target), of_unit(root / DROP_IN, "Environment=PUSHSVC_BACKLOG"))
+    if waiting > backlog:
+        service.append(f"Environment=PUSHSVC_BACKLOG={waiting}")
     if workers:
         service.append(f"Environment=WEB_CONCURRENCY={target.workers}")
     logins = [f"{user} {kind} nofile {min(nofile, UNLIMITED - 1)}" for kind in ("soft", "hard")]
@@ -38,9 +39,9 @@ def promised(root: Path) -> int:
     return max(of_unit(root / path) for path in (*UNITS, DROP_IN))
 
 
-def of_unit(path: Path) -> int:
-    """LimitNOFILE of a unit or a drop-in; 0 if it is not there or has none."""
-    found = re.findall(r"^LimitNOFILE=(?:\w+:)?(\d+|infinity)$", path.read_text(), re.M) if path.is_file() else []
+def of_unit(path: Path, name: str = "LimitNOFILE") -> int:
+    """A number of a unit or a drop-in; 0 if it is not there or has none."""
+    found = re.findall(rf"^{name}=(?:\w+:)?(\d+|infinity)$", path.read_text(), re.M) if path.is_file() else []
     return 0 if not found else UNLIMITED if found[-1] == "infinity" else int(found[-1])
 
 
