@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gevent
 import pytest
 
 from pushsvc.brokers import redis_reader
@@ -59,6 +60,19 @@ def test_a_page_ends_where_an_event_has_no_room_also_if_a_later_one_would_have(s
     for number, size in enumerate((100, 600_000, 600_000, 100)):
         put(side, f"{number}" + "x" * size)
     assert [event.data[0] for event in side.history("a")] == ["0", "1", "2", "3"]
+
+
+def test_a_full_server_is_read_also_when_events_are_too_old(server: Redis, opened: Open) -> None:
+    side = opened(server, history_seconds=1)
+    for number in range(5):
+        side.broker.append([Draft(("a", "b"), str(number))])
+    gevent.sleep(1.1)
+    with contextlib.closing(server.client()) as client:
+        assert not side.history("c"), "the first look at the time is over"
+        client.config_set("maxmemory", "1mb")
+        assert not side.history("a", "b")
+        assert side.missing("b") == 5
+        assert not client.keys("pushsvc:e:*")
 
 
 # --- the reader

@@ -103,12 +103,12 @@ end
 
 -- Take entries, the oldest ones, out of a topic's history.
 local function trim(log, topic, entries)
-  local last
-  for _, entry in ipairs(entries) do
-    last = string.match(entry[1], '^%d+')
-    release(topic, last, entry[2][2])
-  end
+  local last = string.match(entries[#entries][1], '^%d+')
+  -- A full Redis lets a script end whose first write takes something away.
   redis.call('XTRIM', P .. 't:' .. topic, 'MINID', text(tonumber(last) + 1))
+  for _, entry in ipairs(entries) do
+    release(topic, string.match(entry[1], '^%d+'), entry[2][2])
+  end
   mark_lost(log, topic, last)
 end
 
