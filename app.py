@@ -22,6 +22,7 @@ from pushsvc.recorder import Recorder, open_recorder
 from pushsvc.settings import Settings, hide
 from pushsvc.stream import Stream
 from pushsvc.views import events, problems, publish, status
+from pushsvc.views.application import Application
 
 DESCRIPTORS_KEPT = 64  # for listeners, the log and its threads
 PROC, CGROUPS = Path("/proc/self"), Path("/sys/fs/cgroup")
@@ -59,7 +60,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     access = Access(settings)
     broker = open_broker(settings)
     hub = Hub(settings, Metrics(), is_short=memory_check(settings.max_memory_bytes))
-    app = Flask("pushsvc", static_folder=None)
+    app = Application("pushsvc", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
     problems.install(app, access)
     app.register_blueprint(events.blueprint(hub, broker, access))

@@ -52,8 +52,8 @@ class Settings:
     history_events: int = setting(10_000, "Newest events that each topic keeps in history.", unit="events per topic",
                                   least=1)
     history_seconds: float = setting(86_400.0, "Age at which an event leaves history.", unit="s", least=1)
-    history_bytes: int = setting(1 << 30, "Size of the whole log at which its oldest events leave. (Redis has a bound of "
-                               "its own, `maxmemory`; a full one refuses to publish.)", unit="bytes",
+    history_bytes: int = setting(1 << 30, "Size of the whole log at which its oldest events leave; Redis has a bound "
+                               "of its own, `maxmemory`, and refuses to publish when it is full.", unit="bytes",
                                  least=1 << 20)
     idempotency_seconds: float = setting(86_400.0, "How long an Idempotency-Key is remembered.", unit="s", least=1)
     max_body_bytes: int = setting(1 << 20, "Largest body of a publish; more is 413.", unit="bytes", least=1024)
