@@ -293,12 +293,10 @@ def test_a_machine_that_is_cut_off_loses_its_streams_to_the_others_and_takes_par
 
 def assert_told_to_come_back(url: str) -> None:
     """While Redis is away: 503 for publishers and checks, 200 and the end for new streams."""
-    answer = request("POST", f"{url}/publish", '{"topic": "a", "data": "b"}', {"Content-Type": "application/json"})
-    assert (answer.status, answer.headers["content-type"]) == (503, "application/problem+json")
+    assert_refused(url)
     with Stream(url, "a", timeout=20) as stream:
         assert stream.rest(20) == []
         assert (stream.status, stream.reader.reconnection_time is not None) == (200, True)
-    assert request("GET", f"{url}/readyz").status == 503
 
 
 def test_redis_that_is_killed_and_comes_back_with_its_data_costs_one_gap_and_no_stream(fronts: Fronts, log: Log) -> None:
@@ -331,6 +329,32 @@ def test_redis_that_comes_back_empty_costs_one_gap_and_no_stream_and_ids_go_on(f
         told = stream.next()
         assert (told.type, json.loads(told.data)["from"]) == ("gap", seen)
         assert place_of(told.last_event_id) > place_of(seen)
+
+
+@pytest.mark.parametrize(("setting", "value"), [("maxmemory", "1mb"), ("min-replicas-to-write", "1")])
+def test_redis_that_takes_no_writes_refuses_publishes_and_nothing_else(
+        setting: str, value: str, fronts: Fronts, log: Log) -> None:
+    """It is full, or has lost its replica where it must have one."""
+    seen = publish(fronts.url, topic=setting, data="seen")
+    missed = publish(fronts.url, topic=setting, data="missed")
+    with contextlib.closing(log.client()) as client, Stream(fronts.url, setting).opened() as stream:
+        before = client.config_get(setting)[setting]
+        client.config_set(setting, value)
+        try:
+            assert_refused(fronts.servers[0].url)
+            with Stream(fronts.servers[1].url, setting, last_event_id=seen) as resumed:
+                assert resumed.next().last_event_id == missed
+            stream.quiet(0.1)
+        finally:
+            client.config_set(setting, before)
+        eventually(lambda: publish(fronts.url, topic=setting, data="again"), message="it is published again")
+        assert stream.next().data == "again"
+
+
+def assert_refused(url: str) -> None:
+    answer = request("POST", f"{url}/publish", '{"topic": "a", "data": "b"}', {"Content-Type": "application/json"})
+    assert (answer.status, answer.headers["content-type"]) == (503, "application/problem+json")
+    assert request("GET", f"{url}/readyz").status == 503
 
 
 def test_a_worker_that_hangs_is_cut_off_by_redis_and_misses_nothing_when_it_goes_on(fronts: Fronts, log: Log) -> None:
