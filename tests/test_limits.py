@@ -133,6 +133,15 @@ def test_every_limit_is_computed_by_a_row_of_the_table(needs: Any) -> None:
     assert [each.name for each in needs.LIMITS if each.name not in COMPUTED] == []
 
 
+def test_page_has_the_computed_figures(needs: Any) -> None:
+    rows = (ROOT / "docs/limits/README.md").read_text().splitlines()
+    for limit in needs.LIMITS:
+        need = of(needs, limit.name, 200_000, 4)
+        shown = f"{need[0] / 1e9:.1f} GB" if limit.name == "memory" else f"{need[0]:,}" if len(need) == 1 else \
+            " ".join(map(str, need))
+        assert [row for row in rows if row.startswith("| ") and limit.name in row and shown in row], (limit.name, shown)
+
+
 @pytest.mark.parametrize(("name", "have", "need", "joined"), [
     ("net.core.somaxconn", (70_000,), (65_535,), (70_000,)),
     ("net.ipv4.tcp_wmem", (8192, 16_384, 4_000_000), (4096, 20_000, 1 << 20), (8192, 20_000, 4_000_000)),
