@@ -27,6 +27,7 @@ from pushsvc.views.application import Application
 DESCRIPTORS_KEPT = 64  # for listeners, the log and its threads
 PROC, CGROUPS = Path("/proc/self"), Path("/sys/fs/cgroup")
 V1_MEMORY, V2_MEMORY = ("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "memory.current")
+CACHES = ("active_file", "inactive_file", "slab_reclaimable")  # of memory.stat
 MEMORY_USED = 0.9  # of the cgroup's limit; the rest is for publishes, and for what opens until the next look
 logger = logging.getLogger("pushsvc")
 
@@ -124,7 +125,7 @@ def _memory_cgroups(proc: Path, cgroups: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def _is_used_up(limit: Path, usage: Path) -> bool:
-    """Kernel memory counts, that of sockets too; what the kernel would give back first, the cache of files, does not."""
+    """Kernel memory counts, that of sockets too; what the kernel would give back first, its caches, does not."""
     text = limit.read_text().strip()
     bound = inf if text == "max" else MEMORY_USED * int(text)
     used = int(usage.read_text())
@@ -133,4 +134,4 @@ def _is_used_up(limit: Path, usage: Path) -> bool:
     words = usage.with_name("memory.stat").read_text().split()
     stat = dict(zip(words[::2], map(int, words[1::2]), strict=True))
     total = "total_" if "total_cache" in stat else ""  # v1 counts the cgroups below under names of their own
-    return used - sum(stat.get(f"{total}{name}_file", 0) for name in ("active", "inactive")) > bound
+    return used - sum(stat.get(total + name, 0) for name in CACHES) > bound

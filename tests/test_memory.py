@@ -33,7 +33,8 @@ class Machine:
         folder = self.cgroups / path.lstrip("/")
         self.write(folder / "memory.max", limit)
         self.write(folder / "memory.current", str(used))
-        self.write(folder / "memory.stat", f"anon 1\nsock 2\ninactive_file {files // 2}\nactive_file {files // 2}")
+        self.write(folder / "memory.stat", f"anon 1\nsock 2\ninactive_file {files // 2}\nactive_file {files // 4}\n"
+                   f"slab_reclaimable {files // 4}")
 
     def v1(self, path: str, limit: int, used: int, files: int = 0) -> None:
         folder = self.cgroups / "memory" / path.lstrip("/")
@@ -61,7 +62,7 @@ def test_resident_memory_above_the_setting_is_short(machine: Machine) -> None:
 def test_cgroup_is_short_when_nine_tenths_of_its_limit_are_used(
     machine: Machine, version: int, used: int, files: int, short: bool
 ) -> None:
-    """The cache of files does not count: the kernel gives that back first."""
+    """The kernel's caches do not count: it gives those back first."""
     machine.write(machine.proc / "cgroup", "4:memory:/a/b\n0::/" if version == 1 else "0::/a/b")
     fill = machine.v1 if version == 1 else machine.v2
     fill("/a/b", 100 * MIB, used * MIB, files * MIB)  # type: ignore[arg-type]
