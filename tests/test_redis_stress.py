@@ -9,6 +9,7 @@ import gevent
 import pytest
 
 from pushsvc.brokers import redis_reader
+from pushsvc.brokers.redis_link import parse_address
 from pushsvc.errors import BrokerUnavailable
 from pushsvc.event import Draft, Event
 from pushsvc.position import Position
@@ -165,3 +166,44 @@ def test_a_message_that_comes_half_keeps_nobody_waiting(
         side.heard(number + 1)
     assert data(side) == ["0", "1", "2"]
     assert "broker failing" not in caplog.messages
+
+
+def test_a_server_is_left_also_while_it_is_asked(server: Redis, opened: Open) -> None:
+    side = opened(server)
+    put(side, "0")
+    line: Any = side.broker._line  # type: ignore[attr-defined]
+    connection = line.link._connection
+    putting = gevent.spawn(put, side, "1")
+    while not line._talking:
+        gevent.sleep(0)
+    line.leave()
+    putting.get(timeout=TIMEOUT)
+    put(side, "2")
+    assert line.link._connection is not connection
+    side.heard(3)
+    assert data(side) == ["0", "1", "2"]
+
+
+def test_what_another_server_holds_is_not_taken_for_what_was_missed(tmp_path: Path, opened: Open) -> None:
+    """For a while the two connections of a process are to two servers, as after a failover."""
+    with Redis(tmp_path / "one") as one, Redis(tmp_path / "two") as two, Publisher(one.url) as publisher:
+        side = opened(one)
+        first = put(side, "first")
+        side.heard(1)
+        channels, publisher._link.channels = publisher._link.channels, "nobody:"
+        publisher.publish("a", "lost")
+        publisher._link.channels = channels
+        line: Any = side.broker._line  # type: ignore[attr-defined]
+        line.link.address = parse_address(two.url)
+        line.leave()
+        publisher.publish("a", "next")
+        with contextlib.closing(two.client()) as client:
+            eventually(lambda: client.exists("pushsvc:log"), TIMEOUT)
+        gevent.sleep(0.2)
+        assert not side.gaps
+        line.link.address = parse_address(one.url)
+        line.leave()
+        eventually(lambda: data(side) == ["first", "lost", "next"] and side.gaps, TIMEOUT)
+        (since, goes_on), = side.gaps
+        assert since == first
+        assert side.events[-1].seq < goes_on.seq < first.seq + 100

@@ -50,6 +50,7 @@ class Line:
         self._trouble = trouble
         self._jobs: deque[_Job] = deque()
         self._talking = 0
+        self._left = False
         self._wake = Signal()
         self._head: _Job | None = None
         self._greenlet: gevent.Greenlet | None = None
@@ -80,8 +81,7 @@ class Line:
 
     def leave(self) -> None:
         """Ask who is master again before the next request. Atomic: no switch."""
-        if not self._talking:
-            self.link.close()
+        self._left = True
 
     def close(self) -> None:
         """Finish what was asked, if that goes in time. Switches."""
@@ -154,11 +154,11 @@ class Line:
         """A connection that still stands, else a new one: what is sent into one that the server has closed meanwhile
         would be lost for no reason."""
         try:
-            if self.link.is_open and not self.link.has_more():
+            if not self._left and self.link.is_open and not self.link.has_more():
                 return
         except OSError:
             pass
-        known = self._known()
+        known, self._left = self._known(), False
         self.link.open(known.epoch, known.seq)
 
     def _fail(self, jobs: list[_Job], error: Exception) -> None:

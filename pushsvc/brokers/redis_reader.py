@@ -223,7 +223,7 @@ class Reader:
             self.epoch, self.past, self._lost = epoch, self._link.past, None
             self._reset(Position(epoch, start), known)
             known = Position(epoch, start)
-        head = self._burn() if self._lost is not None else self._head(epoch)
+        head = self._burn() if self._lost is not None else self._head()
         early += self._barrier()
         if self._repair(head, early) > known.seq and self._lost is None:
             self._lost, head = _Lost(known.seq, "history has lost what came meanwhile"), self._burn()
@@ -239,16 +239,22 @@ class Reader:
         self._link.send([("PING", "barrier")])
         return self._hear_until("barrier")
 
-    def _head(self, epoch: str) -> int:
+    def _head(self) -> int:
         head = self._line.head()
-        if head.epoch != epoch:
-            self._line.leave()
-            raise ConnectionError("the log begins a new epoch")
+        self._expect(head.epoch)
         return head.seq
 
     def _burn(self) -> int:
         """A sequence that no event has."""
-        return int(self._line.command("HINCRBY", f"{self._line.link.prefix}log", "seq", 1))
+        seq = int(self._line.command("HINCRBY", f"{self._line.link.prefix}log", "seq", 1))
+        self._head()
+        return seq
+
+    def _expect(self, epoch: str) -> None:
+        """Raises ConnectionError if `epoch`, which the line has read, is not ours: it may be connected elsewhere."""
+        if epoch != self._link.epoch:
+            self._line.leave()
+            raise ConnectionError("the log begins a new epoch")
 
     def _repair(self, head: int, early: Sequence[tuple[str, Message]]) -> int:
         """Hand over what lies between the last event and `head`, page by page; the newest sequence that retention has
@@ -262,6 +268,7 @@ class Reader:
             for start in range(0, len(changed), REPAIR_TOPICS):
                 page = changed[start : start + REPAIR_TOPICS]
                 reply = self._line.ask("history", self.last, upto, MOST_TOGETHER, PAGE_BYTES, *page)
+                self._expect(reply[0].decode())
                 events = list(events_of(reply[3:]))
                 found |= {event.seq: event for event in events}
                 missing = max(missing, int(reply[1]))
