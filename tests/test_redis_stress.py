@@ -53,6 +53,11 @@ def put(side: Side, text: str, topic: str = "a", **fields: Any) -> Position:
     return side.broker.append([Draft((topic,), text, **fields)])[0]
 
 
+def break_listeners(server: Redis) -> None:
+    with contextlib.closing(server.client()) as client:
+        client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+
+
 # --- history
 
 
@@ -207,3 +212,27 @@ def test_what_another_server_holds_is_not_taken_for_what_was_missed(tmp_path: Pa
         (since, goes_on), = side.gaps
         assert since == first
         assert side.events[-1].seq < goes_on.seq < first.seq + 100
+
+
+def test_what_is_published_before_a_topic_is_listened_to_is_no_loss(
+        server: Redis, opened: Open, publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    side = opened(server)
+    side.broker.head()
+    reader: Any = side.broker._reader  # type: ignore[attr-defined]
+    repair = reader._repair
+
+    def watch_and_repair(*arguments: Any) -> Any:
+        publisher.publish("late", "1")
+        side.broker.watch(["late"])
+        missing = repair(reader._head(), *arguments[1:])
+        publisher.publish("late", "2")
+        return missing
+
+    monkeypatch.setattr(reader, "_repair", watch_and_repair)
+    break_listeners(server)
+    eventually(lambda: not reader._live, interval=0.001)
+    eventually(side.broker.head)
+    publisher.publish("late", "3")
+    eventually(lambda: "3" in data(side), TIMEOUT)
+    gevent.sleep(0.1)
+    assert not side.gaps

@@ -305,7 +305,7 @@ class Reader:
                 self._link.send([("PING", "")])
                 continue
             silent = 0
-            messages: list[tuple[str, Message]] = []
+            messages: list[tuple[str, Message | None]] = []
             while True:
                 self._take(item, messages)
                 if len(messages) >= MOST_TOGETHER or not self._link.has_more():
@@ -319,20 +319,25 @@ class Reader:
                 gevent.sleep(max(early, PAUSE_SECONDS))
             handed_at = time.monotonic()
 
-    def _take(self, item: Sequence[bytes], messages: list[tuple[str, Message]]) -> None:
+    def _take(self, item: Sequence[bytes], messages: list[tuple[str, Message | None]]) -> None:
         if item[0] == b"message":
             messages.append(self._read(item))
+        elif item[0] == b"subscribe":
+            messages.append((self._topic(item), None))
         elif item[0] == b"pong" and item[1].isdigit():
             self._confirmed = max(self._confirmed, int(item[1]))
             self._signal()
 
     def _read(self, item: Sequence[bytes]) -> tuple[str, Message]:
-        topic = item[1][len(self._link.channels.encode()) :].decode()
+        topic = self._topic(item)
         return topic, message_of(topic, item[2])
 
-    def _hand_over(self, messages: Iterable[tuple[str, Message]]) -> None:
-        """The events among `messages` that were not handed over, each once, up to where something goes wrong. Raises
-        _Lost if one is missing before them. Switches only to fetch."""
+    def _topic(self, item: Sequence[bytes]) -> str:
+        return item[1][len(self._link.channels.encode()) :].decode()
+
+    def _hand_over(self, messages: Iterable[tuple[str, Message | None]]) -> None:
+        """The events among `messages` that were not handed over, each once, up to where something goes wrong; None
+        where a topic begins to be listened to. Raises _Lost if one is missing before them. Switches only to fetch."""
         events: list[Event] = []
         try:
             for topic, message in messages:
@@ -341,11 +346,14 @@ class Reader:
             if events:
                 self._deliver(events)
 
-    def _add(self, topic: str, message: Message, events: list[Event]) -> None:
-        epoch, seq, previous, event = message
+    def _add(self, topic: str, message: Message | None, events: list[Event]) -> None:
         known = self._topics.get(topic)
         if known is None:
             return
+        if message is None:  # what was published to it just before was for nobody here
+            self._topics[topic] = UNKNOWN
+            return
+        epoch, seq, previous, event = message
         if epoch != self.epoch:
             raise ConnectionError("the log has begun a new epoch")
         if seq <= known:
