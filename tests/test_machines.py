@@ -313,15 +313,20 @@ def test_redis_that_is_killed_and_comes_back_with_its_data_costs_one_gap_and_no_
     assert set(outcome.visits) == {1}, "streams did not stay open"
 
 
-def test_redis_that_comes_back_empty_costs_one_gap_and_no_stream_and_ids_go_on(fronts: Fronts, log: Log) -> None:
+@pytest.mark.parametrize("way", ["restarted empty", "flushed"])
+def test_redis_that_is_empty_costs_one_gap_and_no_stream_and_ids_go_on(way: str, fronts: Fronts, log: Log) -> None:
     def lose() -> None:
+        if way == "flushed":
+            with contextlib.closing(log.client()) as client:
+                client.flushall()
+            return
         log.kill()
         log.forget()
         log.start()
 
     seen = publish(fronts.url, topic="away", data="seen")
     publish(fronts.url, topic="away", data="lost to who is away")
-    outcome = endure(fronts.url, "redis restarted empty", lose)
+    outcome = endure(fronts.url, f"redis {way}", lose)
     assert set(outcome.gaps) == {1}, outcome.gaps
     assert {gap["reason"] for listener in outcome.listeners for gap in listener.gaps} == {"epoch"}
     assert set(outcome.visits) == {1}, "streams did not stay open"
