@@ -95,10 +95,10 @@ def test_what_came_before_an_event_that_cannot_be_fetched_is_handed_over_first(
     reader: Any = side.broker._reader  # type: ignore[attr-defined]
     fetch, failures = reader._fetch, [BrokerUnavailable("once")]
 
-    def fail_once(seq: int) -> Event:
+    def fail_once(*arguments: Any) -> Event:
         if failures:
             raise failures.pop()
-        return fetch(seq)
+        return fetch(*arguments)
 
     monkeypatch.setattr(reader, "_fetch", fail_once)
     publisher.publish_batch([{"topic": "a", "data": "1"}, {"topics": list(WIDE), "data": "2"},
@@ -116,10 +116,10 @@ def test_a_topic_that_is_left_during_a_fetch_and_watched_again_is_heard(
     reader: Any = side.broker._reader  # type: ignore[attr-defined]
     fetch = reader._fetch
 
-    def fetch_late(seq: int) -> Event:
+    def fetch_late(*arguments: Any) -> Event:
         side.broker.unwatch(["t1"])
         eventually(lambda: "t1" not in reader._topics)
-        return fetch(seq)
+        return fetch(*arguments)
 
     monkeypatch.setattr(reader, "_fetch", fetch_late)
     side.broker.append([Draft(("t1", *(f"u{number}" for number in range(40))), "wide")])
@@ -127,6 +127,17 @@ def test_a_topic_that_is_left_during_a_fetch_and_watched_again_is_heard(
     side.watch("t1")
     put(side, "next", "t1")
     eventually(lambda: data(side) == ["wide", "next"])
+
+
+def test_a_newer_event_in_the_place_of_one_that_was_to_be_fetched_is_no_gap(
+        server: Redis, opened: Open, publisher: Publisher) -> None:
+    side = opened(server)
+    put(side, "0")
+    publisher.publish_batch([{"topics": list(WIDE), "data": data, "keep": "latest", "key": "k"} for data in "1234"])
+    put(side, "5")
+    eventually(lambda: "5" in data(side), TIMEOUT)
+    assert data(side) == ["0", "4", "5"]
+    assert not side.gaps
 
 
 def test_a_new_log_with_lower_numbers_is_heard_from_its_first_event(

@@ -19,7 +19,7 @@
 --
 -- The channel of a topic is C TOPIC, C being "P DB:": channels are common to all databases of a server. A message is
 -- "EPOCH SEQ PREV FORM", a line feed and its content; PREV is the topic's sequence before, 0 for none that is known.
--- FORM 1: BODY. FORM n: n topics, each on a line, then BODY. FORM 0: nothing, the event is in P e:SEQ.
+-- FORM 1: BODY. FORM n: n topics, each on a line, then BODY. FORM 0: KEEP, and the event is in P e:SEQ.
 
 local P = KEYS[1]
 local LOG, AGES, LAST, LOST = P .. 'log', P .. 'ages', P .. 'last', P .. 'lost'

@@ -67,7 +67,7 @@ local function append(seq, topics, keep, key, rest)
   local entry = body
   if #topics > 1 then
     local names = table.concat(topics, '\n')
-    tail = #topics > INLINE and ' 0\n' or ' ' .. #topics .. '\n' .. names .. '\n' .. body
+    tail = #topics > INLINE and ' 0\n' .. keep or ' ' .. #topics .. '\n' .. names .. '\n' .. body
     if keep ~= 'n' or #topics > INLINE then
       redis.call('HSET', P .. 'e:' .. seq, 'n', #topics, 't', names, 'b', body)
     end

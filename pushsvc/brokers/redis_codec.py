@@ -14,12 +14,13 @@ _KEEPS = {letter.encode(): keep for keep, letter in _LETTERS.items()}
 
 class Message(NamedTuple):
     """What a channel brings. previous: the topic's sequence before, 0 for none that is known. event: None if it has to
-    be fetched."""
+    be fetched. keep: the event's."""
 
     epoch: str
     seq: int
     previous: int
     event: Event | None
+    keep: str
 
 
 def publish_arguments(channels: str, key: str | None, drafts: Sequence[Draft]) -> list[str | int]:
@@ -53,12 +54,13 @@ def message_of(topic: str, message: bytes) -> Message:
     epoch, seq, previous, form = head.split(b" ")
     count = int(form)
     if count == 0:
-        return Message(epoch.decode(), int(seq), int(previous), None)
+        return Message(epoch.decode(), int(seq), int(previous), None, _KEEPS[body])
     topics: tuple[str, ...] = (topic,)
     if count > 1:
         *names, body = body.split(b"\n", count)
         topics = tuple(name.decode() for name in names)
-    return Message(epoch.decode(), int(seq), int(previous), event_of(int(seq), topics, body))
+    event = event_of(int(seq), topics, body)
+    return Message(epoch.decode(), int(seq), int(previous), event, event.keep)
 
 
 def names_of(names: bytes) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from pushsvc.brokers.redis_codec import Message, event_of, events_of, message_of
 from pushsvc.brokers.redis_line import Line
 from pushsvc.brokers.redis_link import Arguments, Link
 from pushsvc.brokers.trouble import Trouble
-from pushsvc.event import Event
+from pushsvc.event import KEEP_LATEST, Event
 from pushsvc.position import Position
 
 READER = "reader"  # the part, as the service's log names it
@@ -353,7 +353,7 @@ class Reader:
         if message is None:  # what was published to it just before was for nobody here
             self._topics[topic] = UNKNOWN
             return
-        epoch, seq, previous, event = message
+        epoch, seq, previous, event, keep = message
         if epoch != self.epoch:
             raise ConnectionError("the log has begun a new epoch")
         if seq <= known:
@@ -361,13 +361,17 @@ class Reader:
         if known != UNKNOWN and previous not in (known, 0):
             raise _Lost(known, f"what came before {seq} on {topic!r} did not arrive")
         if seq > self.last:
-            events.append(event or self._fetch(seq))
+            if event := event or self._fetch(seq, keep):
+                events.append(event)
             self.last = seq
         if topic in self._topics:  # it may have been left during the fetch
             self._topics[topic] = seq
 
-    def _fetch(self, seq: int) -> Event:
+    def _fetch(self, seq: int, keep: str) -> Event | None:
+        """None for one whose place a newer one has taken. Switches."""
         names, body = self._line.command("HMGET", f"{self._line.link.prefix}e:{seq}", "t", "b")
+        if body is None and keep == KEEP_LATEST:
+            return None
         if body is None:
             raise _Lost(seq - 1, f"the event {seq} is gone")
         return event_of(seq, names_of(names), body)
