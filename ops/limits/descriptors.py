@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from stage import Crowd, Service, Show, cpu_seconds, get, leave_network, publish, service
+from clients import Crowd, get, publish
+from stage import Service, Show, cpu_seconds, leave_network, service
 
 CONNECTIONS, OWN = 600, 64  # what pushsvc keeps: PUSHSVC_MAX_CONNECTIONS, and for itself
 STOCK: Any = {"app": "stock_app:app", "config": "ops/limits/stock_conf.py", "arguments": ("-k", "gevent")}
@@ -43,7 +44,7 @@ def _hold(found: Service, count: int, storm: bool = False) -> dict[str, Any]:
         crowd.come([f"/events?topic=t{number}" for number in range(count)])
         crowd.wait(WAIT_SECONDS)
         crowd.hear(0.2)
-        told = {"clients": count, "open": crowd.opened(), "told_to_come_back": crowd.refused(),
+        told: dict[str, Any] = {"clients": count, "open": crowd.opened(), "told_to_come_back": crowd.refused(),
                 "no_answer": sum(not client.head for client in crowd.clients)}
         begun, cpu = time.monotonic(), cpu_seconds(workers)
         crowd.hear(1.0)

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stage import Crowd, NotHere, Service, Show, get, leave_network, publish, service
+from clients import Crowd, get, publish
+from stage import NotHere, Service, Show, leave_network, service
 
 TOPICS = 250  # of each stream, and of no other: so a few streams take much memory
 ROOM_BYTES = 24 << 20  # between the empty service and its limit
@@ -115,8 +116,9 @@ def _fill(found: Service, streams: int, is_over: Any) -> dict[str, Any]:
         crowd.wait(WAIT_SECONDS)
         crowd.hear(1.0)
         lost = sum(client.ended and not client.was_refused for client in crowd.clients)
-        told = {"clients": len(crowd.clients), "open": crowd.opened(), "told_to_come_back": crowd.refused(), "lost": lost,
-                "same_worker": found.workers() == workers}
+        told: dict[str, Any] = {"clients": len(crowd.clients), "open": crowd.opened(),
+                                "told_to_come_back": crowd.refused(), "lost": lost,
+                                "same_worker": found.workers() == workers}
         told |= {"health": _status(get("/readyz")), "publish": _status(publish("t", "x"))}
     return told | {"taken_again_after_s": _taken_again()}
 

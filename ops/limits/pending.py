@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 
-from stage import Crowd, Service, Show, counters, leave_network, service, set_sysctl
+from clients import Crowd
+from stage import Service, Show, counters, leave_network, service, set_sysctl
 
 SMALL, LARGE = 64, 4096  # somaxconn
 FEW = 32
@@ -15,7 +16,9 @@ PATIENCE_SECONDS = 15.0
 
 
 def run(streams: int = 2000) -> Show:
+    """streams: that many clients come at once; at least four times what the short queue holds."""
     leave_network()
+    streams = max(streams, 4 * SMALL)
     show = Show(1, "pending connections")
     set_sysctl("net.core.somaxconn", str(SMALL))
     with service() as small:

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from stage import PORT, Crowd, NotHere, Show, get, leave_network, program, service, set_sysctl
+from clients import PORT, Crowd, get
+from stage import NotHere, Show, leave_network, program, service, set_sysctl
 
 LOW = 40_000
 PROXY_PORT = 9000

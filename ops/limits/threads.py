@@ -7,7 +7,8 @@ import threading
 import time
 from typing import Any
 
-from stage import Crowd, Service, Show, get, leave_network, publish, service, tasks
+from clients import Crowd, get, publish
+from stage import Service, Show, leave_network, service, tasks
 
 THREADS = 16
 BLOCK_SECONDS = 1.5
