@@ -1,6 +1,8 @@
-"""The Redis broker where it is easily wrong: pages, numbers that go back, and messages that come half."""
+"""The Redis broker where it is easily wrong: pages, numbers that go back, messages that come half, and
+all of it at once."""
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -247,3 +249,112 @@ def test_what_is_published_before_a_topic_is_listened_to_is_no_loss(
     eventually(lambda: "3" in data(side), TIMEOUT)
     gevent.sleep(0.1)
     assert not side.gaps
+
+
+# --- all at once
+
+
+class Storm:
+    """Three processes that publish to random topics while connections break, scripts are forgotten and topics come and
+    go. acknowledged: sequence -> draft."""
+
+    TOPICS = tuple(f"t{number}" for number in range(60))
+    WATCHED, COMING = TOPICS[:8], TOPICS[50:]
+
+    def __init__(self, server: Redis, sides: list[Side], seed: int) -> None:
+        self.server = server
+        self.sides = sides
+        self.random = random.Random(seed)
+        self.acknowledged: dict[int, Draft] = {}
+        for side in sides:
+            side.watch(*self.WATCHED)
+
+    def blow(self, batches: int) -> None:
+        """Until each of two publishers on each side has had so many batches acknowledged or refused."""
+        publishers = [gevent.spawn(self._publish, side, batches) for side in self.sides for _ in "12"]
+        others = [gevent.spawn(self._come_and_go, side) for side in self.sides] + [gevent.spawn(self._break)]
+        try:
+            for greenlet in gevent.joinall(publishers, timeout=TIMEOUT, raise_error=True):
+                greenlet.get(block=False)
+        finally:
+            gevent.killall(publishers + others)
+
+    def end(self) -> int:
+        """Publish what all will hear last; its sequence."""
+        seq = eventually(lambda: put(self.sides[0], "end", self.WATCHED[0]), TIMEOUT).seq
+        for side in self.sides:
+            eventually(lambda: side.events and side.events[-1].seq >= seq, TIMEOUT)  # noqa: B023
+        return seq
+
+    def missed(self, side: Side) -> list[int]:
+        """What was acknowledged for watched topics, is told by no gap, and did not come. What comes is checked."""
+        heard = {event.seq: event for event in side.events}
+        missed = []
+        for seq, draft in self.acknowledged.items():
+            if event := heard.get(seq):
+                assert (event.topics, event.data, event.keep) == (draft.topics, draft.data, draft.keep)
+            elif draft.keep == "all" and set(draft.topics) & set(self.WATCHED):
+                missed.append(seq)
+        return [seq for seq in missed if not any(since.seq < seq < goes_on.seq for since, goes_on in side.gaps)]
+
+    def _publish(self, side: Side, batches: int) -> None:
+        for _ in range(batches):
+            drafts = [self._draft() for _ in range(self.random.choice((1, 1, 2, 5)))]
+            try:
+                positions = side.broker.append(drafts)
+            except BrokerUnavailable:
+                gevent.sleep(0.01)
+                continue
+            for position, draft in zip(positions, drafts, strict=True):
+                assert position.seq not in self.acknowledged, "a number is given twice"
+                self.acknowledged[position.seq] = draft
+
+    def _draft(self) -> Draft:
+        choice = self.random.choice
+        topics = tuple(self.random.sample(self.TOPICS, choice((1, 1, 1, 2, 3, 40))))
+        text = str(self.random.random()) + "x" * choice((0, 100, 20_000))
+        return Draft(topics, text, keep=choice(("all", "all", "latest", "none")), key=choice(("", "k")))
+
+    def _come_and_go(self, side: Side) -> None:
+        while True:
+            topics = self.random.sample(self.COMING, 3)
+            side.broker.watch(topics)
+            gevent.sleep(self.random.uniform(0, 0.1))
+            side.broker.unwatch(topics)
+
+    def _break(self) -> None:
+        commands = ("CLIENT KILL TYPE pubsub", "CLIENT KILL TYPE pubsub", "CLIENT KILL TYPE normal", "SCRIPT FLUSH")
+        while True:
+            gevent.sleep(self.random.uniform(0, 0.2))
+            with contextlib.closing(self.server.client()) as client:
+                client.execute_command(*self.random.choice(commands).split())
+
+
+def test_in_a_storm_nothing_is_lost_doubled_or_out_of_order(
+        tmp_path: Path, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_reader, "UNWATCH_SECONDS", 0.05)
+    with Redis(tmp_path / "redis", durable=True, args=["--appendfsync", "always"]) as server:
+        sides = [opened(server) for _ in range(3)]
+        storm = Storm(server, sides, seed=1)
+        storm.blow(60)
+        storm.end()
+        for side in sides:
+            assert not side.gaps
+            assert len(side.resets) == 1
+            assert not storm.missed(side)
+        server.kill()
+        server.start()
+        storm.blow(40)
+        end = storm.end()
+        for side in sides:
+            numbers = [event.seq for event in side.events]
+            assert numbers == sorted(set(numbers)), "in order, each once"
+            assert not storm.missed(side)
+            assert [since.epoch < goes_on.epoch for since, goes_on in side.gaps] == [True], "of the restart"
+        held = [event.seq for event in sides[0].history(*storm.WATCHED)]
+        kept = {seq for seq, draft in storm.acknowledged.items()
+                if draft.keep == "all" and set(draft.topics) & set(storm.WATCHED)}
+        assert kept | {end} <= set(held)
+        for after in held[:: len(held) // 10]:
+            assert [event.seq for event in sides[1].history(*storm.WATCHED, after=after)] == \
+                [seq for seq in held if seq > after]
