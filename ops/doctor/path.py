@@ -33,7 +33,7 @@ def examine(asked: Asked, say: Callable[[str, bool], None]) -> Report:
             _listen(visit)
     except Unexamined as error:
         visit.report.failed.append(f"the path: {error}")
-    except Failure as error:
+    except (*Failure, ValueError) as error:  # ValueError: a redirect to what is no address
         visit.report.failed.append(f"the path: {visit.target.origin}: {error or 'no answer in time'}")
     return visit.report
 

@@ -17,7 +17,8 @@ import gevent  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from pushsvc.brokers import memory, open_broker, redis, sqlite  # noqa: E402, F401
+from pushsvc.brokers import open_broker  # noqa: E402
+from pushsvc.brokers.base import Broker  # noqa: E402
 from pushsvc.errors import PushError  # noqa: E402
 from pushsvc.settings import Settings  # noqa: E402
 
@@ -25,12 +26,13 @@ SECONDS = 10
 
 
 def main() -> int:
-    gevent.get_hub()  # made while all that it imports can be read
-    if len(sys.argv) > 1:
-        become_owner(Path(sys.argv[1]))
+    gevent.get_hub()  # this and the broker are made while all that they import can be read
     try:
+        broker = open_broker(Settings.from_environ(os.environ))
+        if len(sys.argv) > 1:
+            become_owner(Path(sys.argv[1]))
         with gevent.Timeout(SECONDS, TimeoutError(f"no answer in {SECONDS} s")):
-            use(Settings.from_environ(os.environ))
+            use(broker)
     except (PushError, OSError) as error:
         print(getattr(error, "detail", error))
     return 0
@@ -45,9 +47,8 @@ def become_owner(path: Path) -> None:
         os.setuid(status.st_uid)
 
 
-def use(settings: Settings) -> None:
-    """Raises BrokerUnavailable, SettingsError. Switches."""
-    broker = open_broker(settings)
+def use(broker: Broker) -> None:
+    """Raises BrokerUnavailable. Switches."""
     broker.start(lambda events: None, lambda position, since=None: None)
     try:
         broker.check()
