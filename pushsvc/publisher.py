@@ -39,8 +39,8 @@ class Publisher:
         self._prefix = prefix or default.redis_prefix
         self._link = self._new_link()
         self._known = Position("", 0)
-        self._lock = threading.Lock()
         self._pid = os.getpid()
+        self._locks = {self._pid: threading.Lock()}
 
     def publish(self, topic: str | Sequence[str], data: Any, *, event: str = DEFAULT_TYPE, keep: str = KEEP_ALL,
                 key: str = "", retry: int | None = None, idempotency_key: str | None = None) -> str:
@@ -66,7 +66,7 @@ class Publisher:
 
     def close(self) -> None:
         """Idempotent."""
-        with self._lock:
+        with self._lock():
             self._link.close()
 
     def __enter__(self) -> Self:
@@ -79,7 +79,7 @@ class Publisher:
     def _append(self, drafts: Sequence[Draft], key: str | None) -> list[str]:
         if key is not None:
             check_name("idempotency_key", key)
-        with self._lock:
+        with self._lock():
             try:
                 reply = self._talk(drafts, f"\n{key}" if key is not None else None)
             except Refused as error:
@@ -107,6 +107,10 @@ class Publisher:
         if have and (isinstance(have[0], Refused) or have[0] < self._replicas):
             raise Refused(f"{have[0]} of {self._replicas} replicas have it: it may be lost with its master")
         return reply
+
+    def _lock(self) -> threading.Lock:
+        """This process's own: a thread that is not in the forked process may hold its parent's for ever."""
+        return self._locks.setdefault(os.getpid(), threading.Lock())
 
     def _new_link(self) -> Link:
         return Link(self._address, self._prefix, self._timeout)

@@ -3,6 +3,8 @@ all of it at once."""
 
 import contextlib
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from pushsvc.position import Position
 from pushsvc.publisher import Publisher
 from tests.support.brokers import WATCHED, Side
 from tests.support.redis import Redis
+from tests.support.server import ROOT
 from tests.support.wait import eventually
 
 Open = Callable[..., Side]
@@ -249,6 +252,42 @@ def test_what_is_published_before_a_topic_is_listened_to_is_no_loss(
     eventually(lambda: "3" in data(side), TIMEOUT)
     gevent.sleep(0.1)
     assert not side.gaps
+
+
+# --- the publisher
+
+
+def test_a_process_that_is_forked_while_a_thread_publishes_can_publish(server: Redis, opened: Open) -> None:
+    side = opened(server)
+    code = f"""
+import os, signal, threading
+from pushsvc.publisher import Publisher
+publisher = Publisher({server.url!r})
+held, publish = threading.Event(), publisher._talk
+def publish_until_forked(*arguments):
+    held.set()
+    forked.wait()
+    return publish(*arguments)
+forked = threading.Event()
+publisher._talk = publish_until_forked
+thread = threading.Thread(target=publisher.publish, args=("a", "parent"))
+thread.start()
+held.wait()
+child = os.fork()
+publisher._talk = publish
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+    forked.set()
+    thread.join()
+else:
+    signal.alarm(10)
+    publisher.publish("a", "child")
+    publisher.close()
+    os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=TIMEOUT, check=True)
+    side.heard(2)
+    assert data(side) == ["child", "parent"]
 
 
 # --- all at once
