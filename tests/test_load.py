@@ -33,7 +33,7 @@ from load.verify import Book, Tally, Track
 from load.wire import data_of, read
 
 LOAD = [sys.executable, str(ROOT / "ops" / "load")]
-SHARED = Path("/work/shared/traffic")
+SHARED = ROOT.parent / "shared" / "traffic"
 TIMEOUT = 60
 HEAD = "seconds,kind,who,bytes\n"
 
@@ -114,7 +114,7 @@ def test_shape_has_numbers_only_and_no_identity(tmp_path: Path) -> None:
 def test_real_chat_becomes_a_shape_with_all_its_events(name: str, tmp_path: Path) -> None:
     table = SHARED / f"ubuntu-irc-{name}.csv"
     if not table.exists():
-        pytest.skip(f"{table.name} is not here")
+        pytest.skip(f"the table is not at {table}")
 
     shape = read_table(table)
     write_shape(tmp_path / "shape", shape)
@@ -124,6 +124,12 @@ def test_real_chat_becomes_a_shape_with_all_its_events(name: str, tmp_path: Path
     assert len({stream.client for stream in shape.streams}) == len(set(re.findall(r",(u\d+),", text)))
     assert figures(read_shape(tmp_path / "shape")) == figures(shape)
     assert not re.search(r"u\d", (tmp_path / "shape").read_text())
+
+
+def test_shape_that_comes_with_the_project_is_one() -> None:
+    [path] = (ROOT / "ops" / "load" / "shapes").iterdir()
+
+    assert len(read_shape(path).events) == 1721
 
 
 SMALL = Shape(10.0, (Stream(0.0, 5.0, 1, (1,)), Stream(2.0, None, 2, (1, 2), True)),
@@ -227,11 +233,23 @@ def test_tally_tells_what_went_wrong(taken: list[int], wrong: dict[str, int]) ->
 
     for number in taken:
         tally.take(track, number)
-    tally.finish(track, 100.0, [each.at for each in EVENTS])
+    acknowledged = [each.at for each in EVENTS]
+    tally.finish(track, 100.0, acknowledged)
 
-    found = {"lost": sum(tally.lost.values()), "doubled": tally.doubled, "reordered": tally.reordered,
-             "stray": tally.stray, "stale": tally.stale([each.at for each in EVENTS])}
+    found = {"lost": sum(tally.lost.values()), "doubled": tally.doubled,
+             "reordered": tally.reordered(acknowledged, acknowledged),
+             "stray": tally.stray, "stale": tally.stale(acknowledged)}
     assert {name: count for name, count in found.items() if count} == wrong
+
+
+def test_events_that_were_under_way_at_once_may_come_in_either_order() -> None:
+    tally, track = Tally(), Track(Book(EVENTS).expected((1,)), asked=-1.0, since=-0.5)
+
+    for number in (0, 2, 1):
+        tally.take(track, number)
+
+    assert tally.reordered([0.0, 1.0, 2.0], [0.5, 2.1, 2.5]) == 0
+    assert tally.reordered([0.0, 1.0, 2.0], [0.5, 1.9, 2.5]) == 1
 
 
 def test_stream_is_owed_what_is_due_after_its_head_and_may_have_what_was_on_its_way() -> None:
@@ -401,8 +419,9 @@ def test_recording_of_a_replay_has_its_streams_and_events(replayed: tuple[Path, 
 
     assert sorted(each.bytes for each in recorded.events) == sorted(each.bytes for each in planned.events)
     assert sorted(len(each.topics) for each in recorded.events) == sorted(len(each.topics) for each in planned.events)
-    assert len(recorded.streams) == found["totals"]["opened"]
-    assert sum(each.resumed for each in recorded.streams) == found["totals"]["resumed"]
+    unseen = len(recorded.streams) - found["totals"]["opened"]  # broken before the client had read their head
+    assert 0 <= unseen < 20
+    assert 0 <= sum(each.resumed for each in recorded.streams) - found["totals"]["resumed"] <= unseen
     assert {len(each.topics) for each in recorded.streams} == {1, 2}
     assert len({each.client for each in recorded.streams}) <= 6, "clients are told apart by user or address"
     text = "".join(path.read_text() for path in (folder / "recording").iterdir())
@@ -427,7 +446,7 @@ def test_report_is_one_page_that_needs_nothing_else(replayed: tuple[Path, dict[s
     assert (folder / "report.html").read_text().count("<svg") == 8
 
 
-def test_page_without_a_result_is_refused_with_a_message(tmp_path: Path) -> None:
+def test_shape_that_is_not_there_is_refused_with_a_message(tmp_path: Path) -> None:
     done = load("replay", tmp_path / "nothing")
 
     assert done.returncode == 2

@@ -186,7 +186,7 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--server", choices=sorted(FORMS), default="pushsvc", help="which kind it is (%(default)s)")
     parser.add_argument("--token", default="", help="sent as a bearer token")
     parser.add_argument("--pids", default="", help="its processes on this machine (default: those that have its port)")
-    parser.add_argument("--workers", type=int, default=2, help="of a pushsvc that is started (%(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="of a pushsvc or nchan that is started (%(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
                         help="a setting of a pushsvc that is started, PUSHSVC_...")
 

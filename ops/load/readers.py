@@ -17,7 +17,7 @@ import resource
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
@@ -27,14 +27,14 @@ from swarm import AGAIN_SECONDS, BUCKETS_PER_E, IN_FLIGHT, READ, Swarm, Target
 
 from load.shape import Shape, Stream, expanded, read_shape
 from load.targets import FORMS, Form
-from load.verify import Book, Tally, Track, behind
+from load.verify import Book, Tally, Times, Track, behind
 from load.wire import Read, WireError, read
 
 CACHE = 8192
 GRACE_SECONDS = 5.0  # what was due so shortly before a stream was ended may be on its way
 LEAST_SECONDS = 0.001  # every stream is opened before it is ended
 RETRY_SECONDS = 3.0  # an EventSource without a `retry:`
-TICK_SECONDS = 1.0
+LOOK_SECONDS = 0.2  # between two looks whether all has come
 TURN_SECONDS = 0.05
 HEAD_END = b"\r\n\r\n"
 CLOSE_IT, OPEN_IT, COME_BACK, BREAK_IT = range(4)  # at the same time, an end goes first
@@ -311,8 +311,8 @@ class Readers(Swarm):
                         return False
         return True
 
-    def verdict(self, acknowledged: Sequence[float | None]) -> dict[str, Any]:
-        """What went wrong, all in all. acknowledged: of each event, when, seconds; None if it was not published."""
+    def verdict(self, sent: Times, acknowledged: Times) -> dict[str, Any]:
+        """What went wrong, all in all. sent, acknowledged: when each event was, seconds; None if it was not."""
         tally = self.tally
         for session in self._sessions:
             if session.alive and session.track is not None:
@@ -323,7 +323,7 @@ class Readers(Swarm):
         lost = {number: count for number, count in tally.lost.items() if acknowledged[number] is not None}
         replaced = sum(count for number, count in lost.items() if self._events[number].keep != "all")
         return {"received": tally.received, "lost": sum(lost.values()) - replaced, "replaced": replaced,
-                "doubled": tally.doubled, "reordered": tally.reordered, "stray": tally.stray,
+                "doubled": tally.doubled, "reordered": tally.reordered(sent, acknowledged), "stray": tally.stray,
                 "stale": tally.stale(acknowledged)}
 
     def take_tick(self) -> dict[str, Any]:
@@ -356,8 +356,8 @@ def say(answer: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """First line: what `made` needs, answered with `ready`. Then `begin` (a time). When all was sent, `sent` (when each
-    event was acknowledged) and `by` (until when to wait for what is on its way), answered with `verdict`."""
+    """First line: what `made` needs, answered with `ready`. Then `begin` (a time). When all was sent, `sent` and
+    `acknowledged` (when each event was) and `by` (until when to wait for the last ones), answered with `verdict`."""
     commands = sys.stdin.buffer
     line = commands.readline()
     if not line:
@@ -377,23 +377,23 @@ def follow(readers: Readers, commands: Any) -> None:
     """Until the verdict is told, or nobody listens any more."""
     finish: dict[str, Any] | None = None
     failed: set[int] = set()
-    told = looked = 0.0
+    second, looked = 0, 0.0
     while True:
         readers.work()
         now = readers.now()
-        if now - told >= TICK_SECONDS:
-            told = now
-            say({"tick": readers.take_tick()})
+        if now >= second + 1:
+            say({"tick": readers.take_tick(), "second": second})
+            second = int(now)
         if readers.commanded:
             readers.commanded = False
             line = commands.readline()
             if not line:
                 return
             finish = json.loads(line)
-            failed = {number for number, at in enumerate(finish["sent"]) if at is None}
-        if finish and now - looked >= TICK_SECONDS / 5:
+            failed = {number for number, at in enumerate(finish["acknowledged"]) if at is None}
+        if finish and now - looked >= LOOK_SECONDS:
             looked = now
             if now >= finish["by"] or readers.is_caught_up(inf, failed):
-                say({"tick": readers.take_tick()})
-                say({"verdict": readers.verdict(finish["sent"])})
+                say({"tick": readers.take_tick(), "second": second})
+                say({"verdict": readers.verdict(finish["sent"], finish["acknowledged"])})
                 return

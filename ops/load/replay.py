@@ -26,6 +26,7 @@ LOOK_SECONDS = 1.0
 PERCENTILES = {"p50_ms": 0.5, "p90_ms": 0.9, "p99_ms": 0.99, "p999_ms": 0.999, "max_ms": 1.0}
 Progress = Callable[[str], None]
 Found = dict[str, Any]
+Times = list[float | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,21 +50,22 @@ class Plan:
 
 @dataclass(slots=True)
 class Second:
-    """One second of a replay. server_cpu: seconds of processor time; server_memory: bytes. latency: bucket -> events."""
+    """One second of a replay. server_cpu: cores in use; server_memory: bytes; None if nobody looked. latency: bucket ->
+    events."""
 
     open: int = 0
     opened: int = 0
     published: int = 0
     received: int = 0
-    server_cpu: float = 0.0
-    server_memory: int = 0
+    server_cpu: float | None = None
+    server_memory: int | None = None
     latency: Counter[int] = field(default_factory=Counter)
 
 
 @dataclass(slots=True)
 class Log:
-    """What the crew has told. late: how late the sender and the readers were at worst, seconds. sent: when each event was
-    acknowledged; None as long as not all were sent."""
+    """What the crew has told. late: how late the sender and the readers were at worst, seconds. sent, acknowledgements:
+    when each event was; sent is None as long as there is more to send."""
 
     seconds: list[Second] = field(default_factory=list)
     latency: Counter[int] = field(default_factory=Counter)
@@ -75,18 +77,20 @@ class Log:
     cpu: dict[int, float] = field(default_factory=dict)
     open: dict[int, int] = field(default_factory=dict)
     verdicts: list[dict[str, int]] = field(default_factory=list)
-    sent: list[float | None] | None = None
+    server_cpu: float = 0.0
+    sent: Times | None = None
+    acknowledgements: Times = field(default_factory=list)
 
     def at(self, seconds: float) -> Second:
         while len(self.seconds) <= int(seconds):
             self.seconds.append(Second(open=sum(self.open.values())))
         return self.seconds[int(seconds)]
 
-    def take(self, member: Member, answer: Found, now: float) -> None:
+    def take(self, member: Member, answer: Found) -> None:
         if "tick" in answer:
-            self._take_tick(member, answer["tick"], self.at(max(0.0, now - LOOK_SECONDS / 2)))
+            self._take_tick(member, answer["tick"], self.at(answer["second"]))
         elif "sent" in answer:
-            self.sent = answer["sent"]
+            self.sent, self.acknowledgements = answer["sent"], answer["acknowledged"]
         elif "verdict" in answer:
             self.verdicts.append(answer["verdict"])
 
@@ -137,22 +141,24 @@ def _follow(crew: Crew, log: Log, watch: Watch, shape: Shape, begun: float, sett
     readers, asked = crew.of("readers"), False
     while len(log.verdicts) < len(readers):
         for member, answer in crew.said(LOOK_SECONDS):
-            log.take(member, answer, time.monotonic() - begun)
+            log.take(member, answer)
         now = time.monotonic() - begun
         look = watch.look()
         if now < 0:
             continue
-        second = log.at(now)
-        second.server_cpu, second.server_memory = look["cpu"], int(look["memory"])
+        log.server_cpu += look["cpu"]
+        if watch.pids:
+            second = log.at(now)
+            second.server_cpu, second.server_memory = round(look["cores"], 3), int(look["memory"])
         progress(_line(log, now, shape))
         if log.sent is not None and not asked and now >= shape.seconds:
             asked = True
             for member in readers:
-                member.tell({"sent": log.sent, "by": now + settle})
+                member.tell({"sent": log.sent, "acknowledged": log.acknowledgements, "by": now + settle})
 
 
 def _line(log: Log, now: float, shape: Shape) -> str:
-    second = log.at(max(0.0, now - 1))
+    second = log.at(max(0.0, now - 2))  # of which all have told
     return (f"{now:5.0f} of {shape.seconds:.0f} s  {sum(log.open.values())} streams  {second.published} events/s  "
             f"{second.received} deliveries/s  p99 {percentile_ms(second.latency, 0.99)} ms  "
             f"errors {sum(log.errors.values())}")
@@ -162,7 +168,7 @@ def _found(plan: Plan, shape: Shape, log: Log, processes: int, pids: list[int], 
     wrong = Counter[str]()
     for verdict in log.verdicts:
         wrong.update(verdict)
-    failed = sum(at is None for at in log.sent or ())
+    failed = sum(at is None for at in log.acknowledgements)
     totals = {"streams": len(shape.streams), "events": len(shape.events), **log.totals, "failed": failed}
     return {
         "load": FORMAT, "kind": "replay", "label": plan.label or plan.form, "at": probe.now(), "machine": probe.machine(),
@@ -174,8 +180,8 @@ def _found(plan: Plan, shape: Shape, log: Log, processes: int, pids: list[int], 
         "opening": percentiles(log.opening), "histogram": _histogram(log.latency),
         "late_ms": {role: round(seconds * 1000, 1) for role, seconds in log.late.items()},
         "client_cpu_seconds": round(sum(log.cpu.values()), 2),
-        "server_cpu_seconds": round(sum(second.server_cpu for second in log.seconds), 2) if pids else None,
-        "seconds": [_second(number, second, bool(pids)) for number, second in enumerate(log.seconds)]}
+        "server_cpu_seconds": round(log.server_cpu, 2) if pids else None,
+        "seconds": [_second(number, second) for number, second in enumerate(log.seconds)]}
 
 
 def verdict_of(wrong: Counter[str], totals: Found) -> dict[str, bool]:
@@ -197,9 +203,8 @@ def _histogram(latency: Counter[int]) -> list[tuple[float, int]]:
     return [(0.125 * 2**place, found[place]) for place in range(max(found, default=-1) + 1)]
 
 
-def _second(number: int, second: Second, local: bool) -> Found:
+def _second(number: int, second: Second) -> Found:
     return {"at": number, "open": second.open, "opened": second.opened, "published": second.published,
             "received": second.received, "p50_ms": percentile_ms(second.latency, 0.5),
             "p99_ms": percentile_ms(second.latency, 0.99), "max_ms": percentile_ms(second.latency, 1.0),
-            "server_cpu": round(second.server_cpu, 3) if local else None,
-            "server_memory": second.server_memory if local else None}
+            "server_cpu": second.server_cpu, "server_memory": second.server_memory}

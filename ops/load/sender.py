@@ -1,5 +1,5 @@
 """The sender: one process that publishes a replay's events when they are due, whatever becomes of those before. An event
-whose turn is late still counts from when it was due. Events of one lane (the same first topic) go one after the other.
+whose turn is late still counts from when it was due.
 
 It is told what to do by JSON lines on standard input (see `main`), tells each second what it has done, and at the end
 when each event was acknowledged.
@@ -26,10 +26,9 @@ from load.shape import Event, expanded, read_shape
 from load.targets import FORMS, Form
 from load.wire import data_of
 
-CONNECTIONS = 32
+CONNECTIONS = 128  # events under way at once
 ANSWER_SECONDS = 15.0
 IDLE_SECONDS = 1.0
-TICK_SECONDS = 1.0
 WAIT_SECONDS = 0.2
 STATUS = re.compile(r"HTTP/1\.1 (\d+)")
 
@@ -49,14 +48,13 @@ class Sender:
 
     def __init__(self, events: tuple[Event, ...], form: Form, host: str, port: int, prefix: str) -> None:
         self.tick = Tick()
+        self.sent: list[float | None] = [None] * len(events)
         self.acknowledged: list[float | None] = [None] * len(events)
         self._events = events
         self._form = form
         self._address = host, port
         self._prefix = prefix
         self._next = 0
-        self._lanes: dict[int, deque[int]] = {}
-        self._ready: deque[int] = deque()
         self._free = CONNECTIONS
         self._idle: deque[tuple[Publisher, float]] = deque()
         self._busy: dict[Publisher, tuple[int, float]] = {}
@@ -66,47 +64,41 @@ class Sender:
         """The replay begins at this time (monotonic, seconds)."""
         self._begun = at
 
+    def now(self) -> float:
+        return time.monotonic() - self._begun
+
     @property
     def is_done(self) -> bool:
-        return self._next == len(self._events) and not self._lanes
+        return self._next == len(self._events) and not self._busy
 
     def work(self) -> None:
         """Send what is due, take what is answered; wait a moment if there is nothing."""
-        now = time.monotonic() - self._begun
-        while self._next < len(self._events) and self._events[self._next].at <= now:
-            self._queue(self._next)
+        now = self.now()
+        while self._next < len(self._events) and self._events[self._next].at <= now and (self._idle or self._free):
+            self._send(self._next)
             self._next += 1
-        while self._ready and (self._idle or self._free):
-            self._send(self._ready.popleft())
         self._receive(self._pause())
 
-    def _queue(self, number: int) -> None:
-        lane = self._events[number].topics[0]
-        if lane in self._lanes:
-            self._lanes[lane].append(number)
-        else:
-            self._lanes[lane] = deque([number])
-            self._ready.append(lane)
-
     def _pause(self) -> float:
-        if self._next == len(self._events):
+        if self._next == len(self._events) or not (self._idle or self._free):
             return WAIT_SECONDS
-        return min(WAIT_SECONDS, max(0.0, self._events[self._next].at - (time.monotonic() - self._begun)))
+        return min(WAIT_SECONDS, max(0.0, self._events[self._next].at - self.now()))
 
-    def _send(self, lane: int) -> None:
-        number = self._lanes[lane][0]
-        event = self._events[number]
-        now = time.monotonic()
+    def _send(self, number: int) -> None:
+        event, now = self._events[number], time.monotonic()
+        self.sent[number] = round(now - self._begun, 4)
         self.tick.late = max(self.tick.late, now - self._begun - event.at)
         data = data_of(int(event.at * 1e6), number, event.bytes)
         try:
             publisher = self._connection(now)
-            self._busy[publisher] = lane, now + ANSWER_SECONDS
+        except OSError as error:
+            self.tick.errors[f"publish: {type(error).__name__}"] += 1
+            return
+        self._busy[publisher] = number, now + ANSWER_SECONDS
+        try:
             publisher.send(self._form.publish([f"{self._prefix}{topic}" for topic in event.topics], data, event))
         except OSError as error:
-            for publisher in [each for each, (its, _) in self._busy.items() if its == lane]:
-                self._give_up(publisher)
-            self._answered(lane, type(error).__name__)
+            self._give_up(publisher, f"publish: {type(error).__name__}")
 
     def _connection(self, now: float) -> Publisher:
         """One that was used a moment ago, else a new one: servers end what is idle for some seconds."""
@@ -125,40 +117,30 @@ class Sender:
             time.sleep(pause)
             return
         for publisher in select.select(list(self._busy), [], [], pause)[0]:
-            lane, _ = self._busy[publisher]
             try:
                 if publisher.receive():
-                    del self._busy[publisher]
+                    number, _ = self._busy.pop(publisher)
                     self._idle.append((publisher, time.monotonic()))
-                    self._answered(lane)
+                    self._answered(number)
             except (OSError, PublishError) as error:
-                self._give_up(publisher)
                 status = STATUS.search(str(error))
-                self._answered(lane, f"publish: status {status[1]}" if status else "publish: hung up")
+                self._give_up(publisher, f"publish: status {status[1]}" if status else "publish: hung up")
         now = time.monotonic()
-        for publisher, (lane, until) in list(self._busy.items()):
+        for publisher, (_, until) in list(self._busy.items()):
             if now > until:
-                self._give_up(publisher)
-                self._answered(lane, "publish: no answer")
+                self._give_up(publisher, "publish: no answer")
 
-    def _give_up(self, publisher: Publisher) -> None:
+    def _give_up(self, publisher: Publisher, error: str) -> None:
+        """Its event is not acknowledged, and its connection is of no use any more."""
         del self._busy[publisher]
         publisher.close()
         self._free += 1
+        self.tick.errors[error] += 1
 
-    def _answered(self, lane: int, error: str = "") -> None:
-        """The first event of a lane is done with."""
-        number = self._lanes[lane].popleft()
-        if self._lanes[lane]:
-            self._ready.append(lane)
-        else:
-            del self._lanes[lane]
-        if error:
-            self.tick.errors[error] += 1
-            return
+    def _answered(self, number: int) -> None:
+        now = self.now()
         self.tick.published += 1
-        now = time.monotonic() - self._begun
-        self.acknowledged[number] = round(now, 3)
+        self.acknowledged[number] = round(now, 4)
         seconds = now - self._events[number].at
         self.tick.latency[int(math.log(max(1.0, seconds * 1e6)) * BUCKETS_PER_E)] += 1
 
@@ -174,8 +156,8 @@ class Sender:
 
 
 def main() -> None:
-    """First line: the order, answered with `ready`. Then `begin` (a time). At the end it says `sent`: for each event when
-    it was acknowledged, seconds since the beginning, or null."""
+    """First line: the order, answered with `ready`. Then `begin` (a time). At the end it says for each event when it was
+    `sent` and `acknowledged`, seconds since the beginning; null if it was not."""
     line = sys.stdin.readline()
     if not line:
         return
@@ -192,16 +174,16 @@ def main() -> None:
 
 
 def _follow(sender: Sender) -> None:
-    told = time.monotonic()
+    second = 0
     while not sender.is_done:
         sender.work()
-        if time.monotonic() - told >= TICK_SECONDS:
-            told = time.monotonic()
-            _say({"tick": sender.take_tick()})
+        if sender.now() >= second + 1:
+            _say({"tick": sender.take_tick(), "second": second})
+            second = int(sender.now())
             if select.select([sys.stdin], [], [], 0)[0]:
                 return  # nobody listens any more
-    _say({"tick": sender.take_tick()})
-    _say({"sent": sender.acknowledged})
+    _say({"tick": sender.take_tick(), "second": second})
+    _say({"sent": sender.sent, "acknowledged": sender.acknowledged})
 
 
 def _say(answer: dict[str, Any]) -> None:

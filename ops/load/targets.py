@@ -79,13 +79,18 @@ class NchanForm(Form):
 
 
 class NchanWithHistory(Nchan):
-    """The bench's, but with a history, and several channels in one stream."""
+    """The bench's, but with a history, several channels in one stream, and so many workers."""
+
+    def __init__(self, workers: int) -> None:
+        super().__init__()
+        self._workers = workers
 
     def command(self, folder: Path) -> list[str]:
         command = super().command(folder)
         path = folder / "nginx.conf"
         text = path.read_text()
-        for old, new in {"nchan_message_buffer_length 10;": f"nchan_message_buffer_length {HISTORY_EVENTS};",
+        for old, new in {"worker_processes 1;": f"worker_processes {self._workers};",
+                         "nchan_message_buffer_length 10;": f"nchan_message_buffer_length {HISTORY_EVENTS};",
                          "nchan_message_timeout 10s;": "nchan_message_timeout 1h;",
                          "nchan_channel_id $arg_topic;":
                              'nchan_channel_id $arg_topic; nchan_channel_id_split_delimiter ",";'}.items():
@@ -110,7 +115,7 @@ def server_of(name: str, workers: int, settings: dict[str, str]) -> Server:
     """A server of this machine, not yet started. Raises BuildError when it starts, if it cannot be had."""
     if name == "pushsvc":
         return Pushsvc(workers=workers, settings=settings)
-    return NchanWithHistory() if name == "nchan" else MercureWithHistory()
+    return NchanWithHistory(workers) if name == "nchan" else MercureWithHistory()
 
 
 def token_of(server: Server) -> str:

@@ -1,7 +1,8 @@
 """Whether a stream gets what it should: each event of its topics while it is open, once, in order. Pure.
 
-Events whose first topic is the same are published one after the other: a lane. Within a lane the order is known. What is
-not `keep=all` may be replaced or dropped by the service; that is counted apart.
+Events whose first topic is the same are a lane. Within a lane the order is known, but for events that were under way at
+the same time: whichever the service takes first is first. What is not `keep=all` may be replaced or dropped by the
+service; that is counted apart.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from math import inf
 
 from load.shape import Event
 
+Times = Sequence[float | None]
 STALE_SECONDS = 1.0  # an event that was acknowledged so long before a stream was asked for is none of its own
 
 
@@ -70,13 +72,14 @@ class Track:
 
 @dataclass(slots=True)
 class Tally:
-    """What went wrong. lost: event -> how many streams missed it. doubled, reordered: events that came again, or after a
-    later one. stray: of other topics. firsts: the first event of each stream, and when the stream was asked for."""
+    """What went wrong. lost: event -> how many streams missed it. doubled: events that came again. stray: of other
+    topics. swapped: events that came after a later one, and which. firsts: the first event of each stream, and when the
+    stream was asked for."""
 
     received: int = 0
     doubled: int = 0
-    reordered: int = 0
     stray: int = 0
+    swapped: Counter[tuple[int, int]] = field(default_factory=Counter)
     firsts: list[tuple[int, float]] = field(default_factory=list)
     lost: Counter[int] = field(default_factory=Counter)
 
@@ -98,7 +101,7 @@ class Tally:
             track.nexts[lane] = at + 1
         elif number in track.missing or at < track.begun[lane]:
             track.missing.discard(number)
-            self.reordered += 1
+            self.swapped[number, track.expected.order[lane][due - 1]] += 1
         else:
             self.doubled += 1
 
@@ -109,7 +112,7 @@ class Tally:
         track.nexts[lane] = at + 1
         track.begun[lane] = at
 
-    def finish(self, track: Track, until: float, acknowledged: Sequence[float | None]) -> None:
+    def finish(self, track: Track, until: float, acknowledged: Times) -> None:
         """The track is over: what was acknowledged before `until` should have come. acknowledged: when each event was,
         seconds; None if it was not."""
         for lane, start, stop in behind(track, until):
@@ -118,7 +121,12 @@ class Tally:
         self.lost.update(track.missing)
         track.missing.clear()
 
-    def stale(self, acknowledged: Sequence[float | None]) -> int:
+    def reordered(self, sent: Times, acknowledged: Times) -> int:
+        """How many events came after one that was sent when they were acknowledged already."""
+        return sum(count for (number, later), count in self.swapped.items()
+                   if (at := acknowledged[number]) is not None and at < (sent[later] or 0.0))
+
+    def stale(self, acknowledged: Times) -> int:
         """How many streams began with an event from before they were asked for."""
         return sum((at := acknowledged[number]) is not None and at < asked - STALE_SECONDS
                    for number, asked in self.firsts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -39,16 +40,20 @@ class Watch:
     def __init__(self, pids: Iterable[int]) -> None:
         self.pids = list(pids)
         self._cpu = self._times()
+        self._at = time.monotonic()
 
     def look(self) -> dict[str, float]:
-        """cpu: seconds used since the last look, of all; busiest: of the process that used most; memory: bytes now."""
+        """cpu: seconds used since the last look, of all; busiest: of the process that used most; cores: how many were
+        used on average; memory: bytes now."""
         before, self._cpu = self._cpu, self._times()
+        since, self._at = self._at, time.monotonic()
         used = [seconds - before.get(pid, seconds) for pid, seconds in self._cpu.items()]
         memory = 0
         for pid in self._cpu:
             with suppress(OSError, AssertionError):
                 memory += probe.own_bytes([pid])
-        return {"cpu": sum(used), "busiest": max(used, default=0.0), "memory": memory}
+        return {"cpu": sum(used), "busiest": max(used, default=0.0), "memory": memory,
+                "cores": sum(used) / max(self._at - since, 1e-3)}
 
     def _times(self) -> dict[int, float]:
         found = {}
