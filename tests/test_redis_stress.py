@@ -86,6 +86,27 @@ def test_a_full_server_is_read_also_when_events_are_too_old(server: Redis, opene
         assert not client.keys("pushsvc:e:*")
 
 
+def test_an_event_that_is_published_again_is_acknowledged_only_when_replicas_have_it(
+        server: Redis, opened: Open) -> None:
+    with Redis(server.directory / "replica") as replica, contextlib.closing(replica.client()) as client:
+        client.replicaof(server.host, server.port)
+        eventually(lambda: client.info("replication")["master_link_status"] == "up", TIMEOUT)
+        sides = [opened(server, redis_replicas=1, publish_timeout_seconds=1) for _ in "12"]
+        for side in sides:
+            eventually(lambda: put(side, "both have it"), TIMEOUT)  # noqa: B023
+        eventually(lambda: put(sides[1], "so that its connection has written last"), TIMEOUT)
+        replica.freeze()
+        try:
+            for side in sides:
+                with pytest.raises(BrokerUnavailable, match="0 of 1 replicas"):
+                    side.broker.append([Draft(("a",), "alone")], "key")
+        finally:
+            replica.thaw()
+        first, second = [eventually(lambda: side.broker.append([Draft(("a",), "")], "key"), TIMEOUT)  # noqa: B023
+                         for side in sides]
+        assert first == second
+
+
 # --- the reader
 
 
