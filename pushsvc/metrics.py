@@ -28,6 +28,7 @@ class Counts:
     received: int = 0
     delivered: int = 0
     opened: int = 0
+    turned_away: int = 0
     evicted: Tally[str] = field(default_factory=Tally)
 
 
@@ -42,6 +43,7 @@ class Metrics:
         self._received = self._counter("received", "Events that workers took from the broker, once per worker.")
         self._delivered = self._counter("delivered", "Events handed to streams, once per stream.")
         self._opened = self._counter("streams_opened", "Streams opened.")
+        self._turned_away = self._counter("streams_refused", "Streams told to come back later: the worker was full.")
         self._evicted = self._counter("evicted", "Streams ended, by reason.", ["reason"])
         self._streams = self._gauge("streams", "Open streams, per worker.")
         self._subscriptions = self._gauge("subscriptions", "Topics that open streams name, summed, per worker.")
@@ -74,6 +76,7 @@ class Metrics:
         self._received.inc(counts.received)
         self._delivered.inc(counts.delivered)
         self._opened.inc(counts.opened)
+        self._turned_away.inc(counts.turned_away)
         for reason, count in counts.evicted.items():
             self._evicted.labels(reason).inc(count)
 

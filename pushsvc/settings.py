@@ -88,8 +88,8 @@ class Settings:
     jwt_algorithms: str = setting("", "Accepted algorithms, separated by commas; empty: the one that fits the key.")
     cors_origins: str = setting("", "Origins (`https://app.example`) whose pages may use the service, with credentials; "
                                 "separated by commas.")
-    record_dir: str = setting("", "Where each worker records the shape of its traffic for load tests, without payloads and "
-                              "with hashed names; empty: nowhere.")
+    record_dir: str = setting("", "Where each worker records the shape of its traffic for load tests, without payloads "
+                              "and with hashed names; empty: nowhere.")
     record_bytes: int = setting(64 << 20, "Size of a worker's recording at which it ends.", unit="bytes", least=4096)
     log_level: str = setting("info", "`debug` adds a line per stream.", choices=("debug", "info", "warning", "error"))
     log_format: str = setting("text", "`text` (key=value) or `json`, one line per entry.", choices=("text", "json"))
@@ -101,7 +101,8 @@ class Settings:
             raise SettingsError(f"{PREFIX}DRAIN_SECONDS is not shorter than {PREFIX}GRACEFUL_SECONDS")
         scheme, _, rest = self.broker_url.partition(":")
         if scheme not in ("sqlite", "memory", *REDIS) or (scheme == "memory" and rest):
-            raise SettingsError(f"{PREFIX}BROKER_URL is sqlite:PATH, redis://HOST or memory:, not {hide(self.broker_url)!r}")
+            url = hide(self.broker_url)
+            raise SettingsError(f"{PREFIX}BROKER_URL is sqlite:PATH, redis://HOST or memory:, not {url!r}")
         if not self.redis_prefix or not self.redis_prefix.isprintable():
             raise SettingsError(f"{PREFIX}REDIS_PREFIX is empty, or has a control character")
         for origin in self.origins:

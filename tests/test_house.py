@@ -12,7 +12,7 @@ PACKAGE = "pushsvc"
 
 FLOORS = [
     {"errors", "settings", "position", "event", "draft", "sse", "bind", "wheel", "crowd"},
-    {"mailbox", "auth", "metrics", "log", "presence", "recorder"},
+    {"mailbox", "auth", "metrics", "log", "memory", "presence", "recorder"},
     {"brokers.*"},
     {"bundle", "subscription", "hub", "publisher"},
     {"stream", "worker", "parking", "express"},

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from app import memory_check
 from pushsvc.hub import Hub
+from pushsvc.memory import memory_check
 from pushsvc.metrics import Metrics
 from pushsvc.settings import Settings
 from tests.support.client import Stream, publish, request

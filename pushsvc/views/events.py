@@ -45,6 +45,7 @@ def blueprint(hub: Hub, broker: Broker, access: Access) -> Blueprint:
         if request.method == "HEAD":
             return Response(iter(()), headers=HEADERS)  # not a list: that would be told as Content-Length: 0
         if hub.is_full():
+            hub.metrics.counts.turned_away += 1
             return Response(refusal(hub.comeback_ms()), headers=HEADERS)
         subscription = hub.subscribe(topics, envelope, user=grant.user, expires=grant.expires,
                                      address=intern(environ.get("REMOTE_ADDR", "")), abort=_abort(environ))
