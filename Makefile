@@ -9,7 +9,7 @@ run: $(VENV)/.run
 	@exec $(BIN)/gunicorn -c gunicorn.conf.py wsgi:app
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m tests
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
