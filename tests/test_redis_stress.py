@@ -275,6 +275,33 @@ def test_what_is_published_before_a_topic_is_listened_to_is_no_loss(
     assert not side.gaps
 
 
+def test_what_could_not_be_sent_in_time_is_taken_back(server: Redis, opened: Open) -> None:
+    side = opened(server, publish_timeout_seconds=1)
+    line: Any = side.broker._line  # type: ignore[attr-defined]
+    put(side, "0")
+    side.heard(1)
+    refused = []
+
+    def try_to_put(text: str) -> None:
+        try:
+            put(side, text)
+        except BrokerUnavailable as error:
+            if "not known" not in str(error):
+                refused.append(text)
+
+    server.freeze()
+    try:
+        for number in range(2):
+            gevent.joinall([gevent.spawn(try_to_put, f"{number} {other}") for other in range(400)], timeout=TIMEOUT)
+        assert not line._jobs
+    finally:
+        server.thaw()
+    eventually(lambda: put(side, "end"), TIMEOUT)
+    eventually(lambda: data(side)[-1] == "end", TIMEOUT)
+    assert refused
+    assert not set(refused) & set(data(side))
+
+
 # --- the publisher
 
 

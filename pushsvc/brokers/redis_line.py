@@ -105,8 +105,15 @@ class Line:
         try:
             return job.result.get(timeout=seconds or self._seconds)
         except gevent.Timeout:
-            reason = f"no answer in time: {UNKNOWN}" if job.script == PUBLISH else "no answer in time"
-            raise self.unavailable("reach", reason) from None
+            known = self._take_back(job) or job.script != PUBLISH
+            raise self.unavailable("reach", "no answer in time" if known else f"no answer in time: {UNKNOWN}") from None
+
+    def _take_back(self, job: _Job) -> bool:
+        """Whether it had not been sent, and never will be. Atomic: no switch."""
+        if job is self._head or job not in self._jobs:  # others may wait for the head
+            return False
+        self._jobs.remove(job)
+        return True
 
     def _work(self) -> None:
         while True:
