@@ -11,6 +11,7 @@ from typing import Any
 
 import gevent
 import pytest
+from gevent.event import Event as Signal
 
 from pushsvc.brokers import redis_reader
 from pushsvc.brokers.redis_link import parse_address
@@ -302,6 +303,28 @@ def test_what_could_not_be_sent_in_time_is_taken_back(server: Redis, opened: Ope
     assert not set(refused) & set(data(side))
 
 
+def test_a_loss_is_told_also_for_a_topic_that_has_left_meanwhile(
+        server: Redis, opened: Open, publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    side = opened(server, history_seconds=1)
+    first = put(side, "first")
+    side.heard(1)
+    reader: Any = side.broker._reader  # type: ignore[attr-defined]
+    join, may_join = reader._join, Signal()
+    monkeypatch.setattr(reader, "_join", lambda: may_join.wait() and join())
+    break_listeners(server)
+    eventually(lambda: not reader._live)
+    publisher.publish("a", "lost")
+    with contextlib.closing(server.client()) as client:
+        def has_left() -> bool:
+            publisher.publish("other", "x")
+            return client.zscore("pushsvc:last", "a") is None
+
+        eventually(has_left, interval=0.05)
+    may_join.set()
+    eventually(lambda: side.gaps, TIMEOUT)
+    assert side.gaps[0][0] == first
+
+
 # --- the publisher
 
 
@@ -423,7 +446,7 @@ def test_in_a_storm_nothing_is_lost_doubled_or_out_of_order(
     with Redis(tmp_path / "redis", durable=True, args=["--appendfsync", "always"]) as server:
         sides = [opened(server) for _ in range(3)]
         storm = Storm(server, sides, seed=1)
-        storm.blow(60)
+        storm.blow(40)
         storm.end()
         for side in sides:
             assert not side.gaps
@@ -431,7 +454,7 @@ def test_in_a_storm_nothing_is_lost_doubled_or_out_of_order(
             assert not storm.missed(side)
         server.kill()
         server.start()
-        storm.blow(40)
+        storm.blow(25)
         end = storm.end()
         for side in sides:
             numbers = [event.seq for event in side.events]

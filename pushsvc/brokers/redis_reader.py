@@ -282,16 +282,19 @@ class Reader:
         return missing
 
     def _changed_topics(self, head: int) -> list[str]:
-        """The watched topics that had an event since the last one handed over; their newest sequences are noted."""
-        reply = self._line.command("ZRANGE", f"{self._line.link.prefix}last", f"({self.last}", "+inf", "BYSCORE",
+        """The watched topics that had an event since the last one handed over, or lost one that was newer; the newest
+        sequences of the former are noted."""
+        lost, newest = self._since_last("lost"), self._since_last("last")
+        for topic, seq in newest.items():
+            self._topics[topic] = seq if seq <= head else UNKNOWN
+        return list(newest | lost)
+
+    def _since_last(self, key: str) -> dict[str, int]:
+        """The watched topics among those of a sorted set, with what they have there after the last event."""
+        reply = self._line.command("ZRANGE", f"{self._line.link.prefix}{key}", f"({self.last}", "+inf", "BYSCORE",
                                    "WITHSCORES")
-        topics = []
-        for place in range(0, len(reply), 2):
-            topic, seq = reply[place].decode(), int(reply[place + 1])
-            if topic in self._topics:
-                topics.append(topic)
-                self._topics[topic] = seq if seq <= head else UNKNOWN
-        return topics
+        found = {reply[place].decode(): int(reply[place + 1]) for place in range(0, len(reply), 2)}
+        return {topic: seq for topic, seq in found.items() if topic in self._topics}
 
     # -- live
 
