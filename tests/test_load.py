@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -234,12 +235,23 @@ def test_tally_tells_what_went_wrong(taken: list[int], wrong: dict[str, int]) ->
     for number in taken:
         tally.take(track, number)
     acknowledged = [each.at for each in EVENTS]
-    tally.finish(track, 100.0, acknowledged)
+    tally.finish(track, inf, acknowledged)
 
     found = {"lost": sum(tally.lost.values()), "doubled": tally.doubled,
              "reordered": tally.reordered(acknowledged, acknowledged),
              "stray": tally.stray, "stale": tally.stale(acknowledged)}
     assert {name: count for name, count in found.items() if count} == wrong
+
+
+def test_last_events_before_a_stream_was_ended_are_overdue_and_not_lost() -> None:
+    tally, track = Tally(), Track(Book(EVENTS).expected((1,)), asked=-1.0, since=-0.5)
+
+    for number in (0, 2):
+        tally.take(track, number)
+    tally.finish(track, 4.5, [each.at for each in EVENTS])
+
+    assert tally.lost == {1: 1}
+    assert tally.overdue == {4: 1}
 
 
 def test_events_that_were_under_way_at_once_may_come_in_either_order() -> None:
@@ -407,7 +419,7 @@ def test_replay_against_the_service_is_complete_and_in_order_through_forced_reco
     assert found["totals"]["published"] == 400
     assert found["totals"]["received"] > 4000
     assert {name: count for name, count in found["wrong"].items() if name != "received"} == {
-        "lost": 0, "replaced": 0, "doubled": 0, "reordered": 0, "stray": 0, "stale": 0}
+        "lost": 0, "overdue": 0, "replaced": 0, "doubled": 0, "reordered": 0, "stray": 0, "stale": 0}
     assert sum(count for _, count in found["histogram"]) == found["totals"]["received"]
     assert sum(second["received"] for second in found["seconds"]) == found["totals"]["received"]
     assert found["server_cpu_seconds"] > 0

@@ -322,9 +322,10 @@ class Readers(Swarm):
                 tally.finish(session.track, closed - GRACE_SECONDS, acknowledged)
         lost = {number: count for number, count in tally.lost.items() if acknowledged[number] is not None}
         replaced = sum(count for number, count in lost.items() if self._events[number].keep != "all")
-        return {"received": tally.received, "lost": sum(lost.values()) - replaced, "replaced": replaced,
-                "doubled": tally.doubled, "reordered": tally.reordered(sent, acknowledged), "stray": tally.stray,
-                "stale": tally.stale(acknowledged)}
+        overdue = sum(count for number, count in tally.overdue.items() if self._events[number].keep == "all")
+        return {"received": tally.received, "lost": sum(lost.values()) - replaced, "overdue": overdue,
+                "replaced": replaced, "doubled": tally.doubled, "reordered": tally.reordered(sent, acknowledged),
+                "stray": tally.stray, "stale": tally.stale(acknowledged)}
 
     def take_tick(self) -> dict[str, Any]:
         tick, self.tick = self.tick, Tick()

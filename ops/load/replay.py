@@ -186,7 +186,7 @@ def _found(plan: Plan, shape: Shape, log: Log, processes: int, pids: list[int], 
 
 def verdict_of(wrong: Counter[str], totals: Found) -> dict[str, bool]:
     """complete: every stream got every event that was acknowledged. ordered: each once, in order, and none of others."""
-    return {"complete": wrong["lost"] == 0 and totals["received"] > 0,
+    return {"complete": wrong["lost"] + wrong["overdue"] == 0 and totals["received"] > 0,
             "ordered": not any(wrong[name] for name in ("doubled", "reordered", "stray", "stale")),
             "published": totals["failed"] == 0}
 

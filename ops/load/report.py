@@ -53,7 +53,8 @@ def _replays(results: Sequence[Found]) -> str:
     rows: list[tuple[str, list[Any]]] = [*verdicts, *(_row(results, text, *path) for text, path in (
         ("streams", ("totals", "streams")), ("streams opened, reconnects too", ("totals", "opened")),
         ("resumed with an id", ("totals", "resumed")), ("events", ("totals", "events")),
-        ("deliveries", ("totals", "received")), ("lost", ("wrong", "lost")), ("doubled", ("wrong", "doubled")),
+        ("deliveries", ("totals", "received")), ("lost", ("wrong", "lost")),
+        ("overdue by 5 s when a stream ended", ("wrong", "overdue")), ("doubled", ("wrong", "doubled")),
         ("out of order", ("wrong", "reordered")), ("of other topics", ("wrong", "stray")),
         ("from before", ("wrong", "stale")), ("replaced (keep latest or none)", ("wrong", "replaced")),
         ("gaps told", ("totals", "gaps")), ("p50 due to received, ms", ("latency", "p50_ms")),

@@ -72,9 +72,10 @@ class Track:
 
 @dataclass(slots=True)
 class Tally:
-    """What went wrong. lost: event -> how many streams missed it. doubled: events that came again. stray: of other
-    topics. swapped: events that came after a later one, and which. firsts: the first event of each stream, and when the
-    stream was asked for."""
+    """What went wrong. lost: event -> how many streams missed it. overdue: the same, of the last ones before a stream was
+    ended: later ones did not come either, so they may have been on their way. doubled: events that came again. stray:
+    of other topics. swapped: events that came after a later one, and which. firsts: the first event of each stream, and
+    when the stream was asked for."""
 
     received: int = 0
     doubled: int = 0
@@ -82,6 +83,7 @@ class Tally:
     swapped: Counter[tuple[int, int]] = field(default_factory=Counter)
     firsts: list[tuple[int, float]] = field(default_factory=list)
     lost: Counter[int] = field(default_factory=Counter)
+    overdue: Counter[int] = field(default_factory=Counter)
 
     def take(self, track: Track, number: int) -> None:
         """Event `number` came."""
@@ -113,11 +115,12 @@ class Tally:
         track.begun[lane] = at
 
     def finish(self, track: Track, until: float, acknowledged: Times) -> None:
-        """The track is over: what was acknowledged before `until` should have come. acknowledged: when each event was,
-        seconds; None if it was not."""
+        """The track is over: what was acknowledged before `until` should have come; inf: all. acknowledged: when each
+        event was, seconds; None if it was not."""
+        last = self.lost if until == inf else self.overdue
         for lane, start, stop in behind(track, until):
-            track.missing.update(number for number in track.expected.order[lane][start:stop]
-                                 if (at := acknowledged[number]) is not None and at < until)
+            last.update(number for number in track.expected.order[lane][start:stop]
+                        if (at := acknowledged[number]) is not None and at < until)
         self.lost.update(track.missing)
         track.missing.clear()
 
