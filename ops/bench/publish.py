@@ -506,6 +506,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(130))  # as Ctrl-C: what was started ends
     measure = {"latency": measure_latency, "singles": measure_singles, "batches": measure_batches, "cpu": measure_cpu}
     results: dict[str, Any] = {"machine": machine()}
     if not options.json:

@@ -89,7 +89,7 @@ class Scale:
                     {"topics": [f"user-{(number * spread + place) % topics}" for place in range(spread)],
                      "data": "x" * size} for number in range(start, min(start + BATCH, events)))
 
-        what = f"event of {size:,} bytes to {spread} topic{'s' * (spread > 1)}, {events * spread // topics} in each"
+        what = f"event of {size:,} bytes to {spread} topic{'s' * (spread > 1)}, {events * spread // topics:,} in each"
         return Found(what, events, self.growth(fill) / events, size)
 
     def topic(self, topics: int) -> Found:
