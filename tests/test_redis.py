@@ -12,6 +12,7 @@ from typing import Any
 
 import gevent
 import pytest
+from gevent.event import Event as Signal
 
 from pushsvc.brokers import redis_reader
 from pushsvc.brokers.redis_link import parse_address
@@ -196,11 +197,15 @@ def test_a_break_while_the_history_goes_is_told(
     side = opened(server, history_events=5)
     first = put(side, "first")
     side.heard(1)
-    monkeypatch.setattr(redis_reader, "RETRY_SECONDS", (2.0, 2.0))
+    reader: Any = side.broker._reader  # type: ignore[attr-defined]
+    join, may_join = reader._join, Signal()
+    monkeypatch.setattr(reader, "_join", lambda: may_join.wait() and join())
     break_listeners(server)
+    eventually(lambda: not reader._live)
     with Publisher(server.url) as publisher:
         for number in range(20):
             publisher.publish("a", str(number))
+    may_join.set()
     eventually(lambda: side.gaps, TIMEOUT)
     put(side, "last")
     eventually(lambda: "last" in data(side), TIMEOUT)

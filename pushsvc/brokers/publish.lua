@@ -33,7 +33,7 @@ if idempotency ~= '' then
   redis.call('SET', P .. 'i:' .. idempotency, log.epoch .. ' ' .. text(first) .. ' ' .. count, 'EX', log.window)
 end
 advance(log, now)
-if log.check + log.age / 1000 <= now then
+if log.check + log.age / 1000 <= now or log.check > now then -- or the clock has gone back
   if log.seq > log.cut then
     redis.call('RPUSH', AGES, text(log.seq) .. ' ' .. text(log.at))
     if log.due == 0 then
@@ -77,7 +77,7 @@ local function append(seq, topics, keep, key, rest)
     entry = ''
   end
   for _, topic in ipairs(topics) do
-    local previous = redis.call('ZSCORE', LAST, topic) or '0'
+    local previous = text(tonumber(redis.call('ZSCORE', LAST, topic) or 0))
     redis.call('ZADD', LAST, seq, topic)
     if keep ~= 'n' then
       hold(topic, seq, keep, key, entry)

@@ -95,6 +95,8 @@ class RedisBroker(Broker):
         positions = positions_of(self._line.ask(PUBLISH, *arguments, seconds=seconds))
         if positions:
             self._acknowledged = max(self._acknowledged, positions[-1])
+            if self._reader is not None and self._reader.epoch and positions[-1].epoch > self._reader.epoch:
+                self._reader.leave()  # it may listen to a server that is cut off
         return positions
 
     def _check_open(self) -> None:

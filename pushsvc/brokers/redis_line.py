@@ -4,7 +4,7 @@ in one write and comes back in one read."""
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import gevent
@@ -132,7 +132,19 @@ class Line:
                 self._trouble.tell()
 
     def _talk(self, jobs: list[_Job]) -> None:
+        again = self._exchange(jobs)
+        if again:  # nothing was done: the script is not known there, the log is gone, or the master is none any more
+            self.link.close()
+            again = self._exchange(again)
+        for job, refused in again.items():
+            job.result.set_exception(self._refusal(job, refused))
+            self._trouble.note(WRITER, refused)
+            self.link.close()
+
+    def _exchange(self, jobs: Iterable[_Job]) -> dict[_Job, Refused]:
+        """Ask, and hand out the answers; those for which another connection is to be asked. Switches."""
         self._reach()
+        jobs = list(jobs)
         commands = [self.link.script(job.script, *job.arguments) if job.script else job.arguments for job in jobs]
         publishes = any(job.script == PUBLISH for job in jobs)
         if self._replicas and publishes:
@@ -142,20 +154,25 @@ class Line:
         except OSError as error:
             raise ConnectionError(f"{error}: {UNKNOWN}" if publishes else str(error)) from error
         have = replies.pop() if len(replies) > len(jobs) else self._replicas
+        again: dict[_Job, Refused] = {}
         trouble: Exception | None = None
         for job, reply in zip(jobs, replies, strict=True):
-            if isinstance(reply, Refused):
+            if isinstance(reply, Refused) and reply.leave:
+                again[job] = reply
+            elif isinstance(reply, Refused):
                 trouble = reply
-                job.result.set_exception(self.unavailable("write" if job.script == PUBLISH else "read", reply))
+                job.result.set_exception(self._refusal(job, reply))
             elif job.script == PUBLISH and (isinstance(have, Refused) or have < self._replicas):
                 job.result.set_exception(self.unavailable(
                     "acknowledge in", f"{have} of {self._replicas} replicas have it: it is in the log, but may be lost "
                     "with its master"))
             else:
                 job.result.set(reply)
-        if isinstance(trouble, Refused) and trouble.leave:
-            self.link.close()
         self._trouble.note(WRITER, trouble)
+        return again
+
+    def _refusal(self, job: _Job, reason: object) -> BrokerUnavailable:
+        return self.unavailable("write" if job.script == PUBLISH else "read", reason)
 
     def _reach(self) -> None:
         """A connection that still stands, else a new one: what is sent into one that the server has closed meanwhile
@@ -172,4 +189,4 @@ class Line:
         self._trouble.note(WRITER, error)
         for job in jobs:
             if not job.result.ready():
-                job.result.set_exception(self.unavailable("write" if job.script == PUBLISH else "read", error))
+                job.result.set_exception(self._refusal(job, error))

@@ -219,9 +219,11 @@ class Reader:
     def _catch_up(self, known: Position, epoch: str, early: list[tuple[str, Message]]) -> None:
         if epoch != known.epoch:
             start = self._link.start
+            since = min(known.seq, self._lost.seq) if self._lost is not None else known.seq
+            self._lost = _Lost(since, "the epoch has ended")  # still to be told if what follows breaks off
             self._repair(start, early)
             self.epoch, self.past, self._lost = epoch, self._link.past, None
-            self._reset(Position(epoch, start), known)
+            self._reset(Position(epoch, start), Position(known.epoch, since))
             known = Position(epoch, start)
         head = self._burn() if self._lost is not None else self._head()
         early += self._barrier()
@@ -293,7 +295,7 @@ class Reader:
         """The watched topics among those of a sorted set, with what they have there after the last event."""
         reply = self._line.command("ZRANGE", f"{self._line.link.prefix}{key}", f"({self.last}", "+inf", "BYSCORE",
                                    "WITHSCORES")
-        found = {reply[place].decode(): int(reply[place + 1]) for place in range(0, len(reply), 2)}
+        found = {reply[place].decode(): int(float(reply[place + 1])) for place in range(0, len(reply), 2)}
         return {topic: seq for topic, seq in found.items() if topic in self._topics}
 
     # -- live
