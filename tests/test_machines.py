@@ -330,10 +330,11 @@ def test_redis_that_is_empty_costs_one_gap_and_no_stream_and_ids_go_on(way: str,
     assert set(outcome.gaps) == {1}, outcome.gaps
     assert {gap["reason"] for listener in outcome.listeners for gap in listener.gaps} == {"epoch"}
     assert set(outcome.visits) == {1}, "streams did not stay open"
-    with Stream(fronts.url, "away", last_event_id=seen) as stream:
-        told = stream.next()
-        assert (told.type, json.loads(told.data)["from"]) == ("gap", seen)
-        assert place_of(told.last_event_id) > place_of(seen)
+    with Listener(fronts.url, ["away"], seen) as back:  # a machine that has not noticed yet tells it to come again
+        eventually(lambda: back.received, message="who was away is told")
+    (_, told), = back.received
+    assert (told.type, json.loads(told.data)["from"]) == ("gap", seen)
+    assert place_of(told.last_event_id) > place_of(seen)
 
 
 @pytest.mark.parametrize(("setting", "value"), [("maxmemory", "1mb"), ("min-replicas-to-write", "1")])
