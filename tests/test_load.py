@@ -480,7 +480,7 @@ def test_ramp_stops_at_the_objective_and_names_the_limit(tmp_path: Path) -> None
 
 
 LEVEL = {"publish": "", "failed": 0, "ended": 0, "lost": 0, "p99_ms": 5.0, "busiest": 0.1, "client_busiest": 0.1,
-         "server_cores": 0.1}
+         "server_cores": 0.1, "machine": 0.5}
 CLIMB = Climb("streams", 1, 1, 1, 1.0, p99_ms=10.0)
 
 
@@ -498,6 +498,7 @@ LIMITS = {
     "descriptors": ({}, {}, {}, 5, "the server's descriptors"),
     "refusals": ({"ended": 4}, {}, {}, None, "the server's own bound"),
     "processor": ({"busiest": 0.97}, {}, {}, None, "the server's processor"),
+    "all processors": ({"machine": 0.98}, {}, {}, None, "the machine's processors"),
     "own processor": ({"client_busiest": 0.97}, {}, {}, None, "the client's own processor"),
     "nothing": ({}, {}, {}, None, "no limit"),
 }

@@ -27,6 +27,7 @@ ENDED_SECONDS = 0.5
 OPEN_SECONDS = 120.0
 FEW_DESCRIPTORS = 64
 BUSY = 0.9  # of a core
+ALL_BUSY = 0.95  # of all cores
 LITTLE_MEMORY = 0.05  # of all
 LEAST_AVAILABLE = 1 << 30  # bytes; below this the ramp stops, whatever was asked for
 STREAMS, RATE = "streams", "rate"
@@ -102,7 +103,7 @@ class Ramp:
     # -- one level
 
     def _level(self, fleet: Fleet, level: int) -> tuple[Found, list[str]]:
-        climb, before, begun = self._climb, self._usage(), time.monotonic()
+        climb, before, begun, busy = self._climb, self._usage(), time.monotonic(), probe.busy_seconds()
         streams, rate = (level, climb.rate) if climb.raise_ == STREAMS else (climb.streams, float(level))
         fleet.reset()
         self._refused = ""
@@ -118,6 +119,7 @@ class Ramp:
         found: Found = {climb.raise_: level, "open": seen.open, **seen.latencies(), "failed": seen.failed,
                         "ended": seen.ended, "lost": max(0, expected - seen.events),
                         "sender_late_ms": round(late * 1e3, 1),
+                        "machine": round((probe.busy_seconds() - busy) / took / (os.cpu_count() or 1), 2),
                         "server_cores": round(used["cpu"] / took, 2), "busiest": round(used["busiest"] / took, 2),
                         "client_busiest": round(client["busiest"] / took, 2), "server_memory": int(used["memory"]),
                         "publish": self._refused}
@@ -213,8 +215,9 @@ def _busy(found: Found, spent: Usage, memory: float) -> list[str]:
         limits.append(f"the server's processor: one of its processes used {found['busiest']:.0%} of a core")
     if found["client_busiest"] >= BUSY:
         limits.append(f"the client's own processor: one of its processes used {found['client_busiest']:.0%} of a core")
-    if found["server_cores"] >= BUSY * (os.cpu_count() or 1):
-        limits.append(f"the machine's processors: the server used {found['server_cores']:g} of them")
+    if found["machine"] >= ALL_BUSY:
+        limits.append(f"the machine's processors: {found['machine']:.0%} busy, the server with "
+                      f"{found['server_cores']:g} cores of it")
     if memory < LITTLE_MEMORY:
         limits.append(f"memory: {memory:.0%} of the machine's is left")
     if spent.kernel.get("TcpExt.TCPMemoryPressures") or spent.kernel.get("TcpExt.TCPAbortOnMemory"):
