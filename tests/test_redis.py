@@ -341,6 +341,18 @@ def test_a_full_server_refuses_and_goes_on_when_it_has_room(server: Redis, opene
     assert data(side) == ["before", "after"]
 
 
+def test_a_process_that_starts_at_a_full_server_reads_and_listens(server: Redis, opened: Open) -> None:
+    first = put(opened(server), "before")
+    with contextlib.closing(server.client()) as client:
+        client.config_set("maxmemory", "1mb")
+        late = opened(server)
+        assert late.broker.head() == first
+        assert [event.data for event in late.history("a")] == ["before"]
+        client.config_set("maxmemory", "0")
+    put(late, "after")
+    assert [event.data for event in late.heard(1)] == ["after"]
+
+
 def test_a_read_only_server_refuses_and_goes_on_when_it_is_master_again(server: Redis, opened: Open) -> None:
     side = opened(server)
     put(side, "before")

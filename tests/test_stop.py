@@ -249,6 +249,7 @@ def test_stop_is_not_held_up_by_an_idle_kept_connection(tmp_path: Path) -> None:
     with Server(tmp_path, env=lasting) as server, Connection(server.url) as idle:
         idle.publish(topic=TOPIC, data="before")
         assert server.terminate(GRACEFUL_SECONDS) < DRAIN_SECONDS + GONE_SECONDS
+        assert "Traceback" not in server.log()
 
 
 @pytest.mark.parametrize("froze", ["live", "in its replay"])

@@ -58,8 +58,8 @@ class _Scale:
     def __init__(self, values: Sequence[float], logarithmic: bool) -> None:
         self.logarithmic = logarithmic
         if logarithmic:
-            self.low = math.floor(math.log10(max(min(values), 0.01)))
-            self.high = max(math.ceil(math.log10(max(max(values), 0.01))), self.low + 1)
+            self.low = float(math.floor(math.log10(max(min(values), 0.01))))
+            self.high = max(float(math.ceil(math.log10(max(max(values), 0.01)))), self.low + 1)
             self.ticks = [10.0**power for power in range(int(self.low), int(self.high) + 1)]
         else:
             step = _round_up(max(max(values), 1e-9) / TICKS)

@@ -90,7 +90,7 @@ def _charts(results: Sequence[Found], names: Sequence[str]) -> str:
 
 def _histogram(results: Sequence[Found], names: Sequence[str]) -> str:
     most = max((len(each["histogram"]) for each in results), default=0)
-    ends = next((each["histogram"] for each in results if len(each["histogram"]) == most), [])
+    ends: list[tuple[float, int]] = next((each["histogram"] for each in results if len(each["histogram"]) == most), [])
     shares = {}
     for place, (name, each) in enumerate(zip(names, results, strict=True)):
         total = sum(count for _, count in each["histogram"]) or 1

@@ -56,7 +56,8 @@ def read(data: bytes, chunked: bool, text: bytes = b"", raw: bytes = b"") -> Rea
 def _dechunked(data: bytes) -> tuple[bytes, bytes, bool]:
     """The content of all whole chunks, what is left behind them, and whether the last one was among them (RFC 9112,
     section 7.1)."""
-    parts, at = [], 0
+    parts: list[bytes] = []
+    at = 0
     while (end := data.find(b"\r\n", at)) >= 0:
         try:
             size = int(data[at:end].partition(b";")[0], 16)

@@ -31,10 +31,10 @@ if known ~= '' and known ~= epoch and newest < start then
   redis.call('HSETNX', P .. 'past', known, text(newest))
 end
 for place, name in ipairs({'events', 'age', 'window'}) do
-  if ARGV[3 + place] then
-    redis.call('HSET', LOG, name, ARGV[3 + place])
-  else
-    redis.call('HSETNX', LOG, name, DEFAULTS[name])
+  local set = redis.call('HGET', LOG, name)
+  local wanted = ARGV[3 + place] or set or tostring(DEFAULTS[name])
+  if wanted ~= set then -- a full server lets itself be read, but not written
+    redis.call('HSET', LOG, name, wanted)
   end
 end
 return {epoch, text(seq), text(start), redis.call('HKEYS', P .. 'past')}
