@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.brokers import BROKERS
 from tests.support.client import Connection, Stream, publish, publish_lines, request
 from tests.support.server import Server, free_port
 from tests.support.wait import eventually
@@ -53,9 +54,10 @@ def evicted(server, reason):
 # --- The same bytes, whoever serves them -----------------------------------------------------------------
 
 
-def _transcript(directory, worker_class, envelope):
+def _transcript(directory, broker, worker_class, envelope):
     """All that one stream is sent, by a worker of this class: head and body, with what differs by nature blotted out."""
-    with Server(directory, workers=1, env=QUIET, worker_class=worker_class) as server:
+    with (BROKERS[broker](directory) as url,
+          Server(directory, workers=1, env={**QUIET, "PUSHSVC_BROKER_URL": url}, worker_class=worker_class) as server):
         first = publish(server.url, topic="a", data="before")
         stream = Stream(server.url, ["a", "b"], last_event_id=first.rpartition("-")[0] + "-0", envelope=envelope)
         stream.take(1)
@@ -81,10 +83,10 @@ def _blot(stream, epoch):
     return head, re.sub(rb"retry: \d+\n: drain", b"retry: N\n: drain", body)
 
 
-@pytest.mark.parametrize("envelope", [False, True])
-def test_a_parked_stream_is_sent_the_same_bytes_as_a_plain_generator(tmp_path, envelope):
-    parked = _transcript(tmp_path / "parked", PARKING, envelope)
-    plain = _transcript(tmp_path / "plain", GEVENT, envelope)
+@pytest.mark.parametrize(("broker", "envelope"), [("sqlite", False), ("sqlite", True), ("memory", True), ("redis", True)])
+def test_a_parked_stream_is_sent_the_same_bytes_as_a_plain_generator(tmp_path, broker, envelope):
+    parked = _transcript(tmp_path / "parked", broker, PARKING, envelope)
+    plain = _transcript(tmp_path / "plain", broker, GEVENT, envelope)
     assert parked == plain
     assert b"line 4" in parked[0][1]
 
