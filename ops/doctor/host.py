@@ -108,8 +108,8 @@ def try_broker(environ: Mapping[str, str], log: Log, directory: Path) -> str:
 
 def _python(script: str, arguments: list[str], environ: Mapping[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run([sys.executable, str(HERE / script), *arguments], env=dict(environ), cwd=cwd, text=True,
-                              capture_output=True, stdin=subprocess.DEVNULL, timeout=SECONDS, check=False)
+        return subprocess.run([sys.executable, "-B", str(HERE / script), *arguments], env=dict(environ), cwd=cwd,
+                              text=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired as error:
         raise HostError(f"{script} took more than {SECONDS:g} s") from error
 
