@@ -62,6 +62,11 @@ class Event(NamedTuple):
     retry: int | None
 
 
+def size_of(text: str) -> int:
+    """Bytes of `text` in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())
+
+
 def check_topics(topics: tuple[str, ...]) -> None:
     if not 1 <= len(topics) <= MAX_TOPICS:
         raise BadRequest(f"an event has 1 to {MAX_TOPICS} topics, not {len(topics)}")

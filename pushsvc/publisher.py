@@ -95,7 +95,7 @@ class Publisher:
         link = self._link
         commands: list[Arguments] = [link.script("publish", *publish_arguments(link.channels, key, drafts))]
         if self._replicas:
-            commands.append(("WAIT", self._replicas, round(self._timeout * 500)))
+            commands.append(link.await_replicas(self._replicas))
         try:
             reply, *have = link.exchange(commands)
         except OSError as error:
@@ -119,9 +119,5 @@ class Publisher:
         """A connection of this process that still stands, else a new one."""
         if self._pid != os.getpid():
             self._pid, self._link = os.getpid(), self._new_link()
-        try:
-            if self._link.is_open and not self._link.has_more():
-                return
-        except OSError:
-            pass
-        self._link.open(*self._known)
+        if not self._link.stands():
+            self._link.open(*self._known)

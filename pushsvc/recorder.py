@@ -28,7 +28,7 @@ from typing import Any, Protocol
 import gevent
 from gevent.event import Event as Signal
 
-from pushsvc.event import DEFAULT_TYPE, Event
+from pushsvc.event import DEFAULT_TYPE, Event, size_of
 from pushsvc.settings import Settings
 
 FORMAT = 1
@@ -115,10 +115,9 @@ class Recorder:
             return
         for event in events:
             names = [self._hash(topic) for topic in event.topics]
-            size = len(event.data) if event.data.isascii() else len(event.data.encode())
             kind = "" if event.event == DEFAULT_TYPE else self._hash(event.event)
             key = self._hash(event.key) if event.key else ""
-            self._note(["event", round(event.at, 3), event.seq, names, size, kind, event.keep, key,
+            self._note(["event", round(event.at, 3), event.seq, names, size_of(event.data), kind, event.keep, key,
                         _fan_out(event.topics, topics)])
 
     def _note(self, row: list[object]) -> None:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
-from pushsvc.event import Draft, Event
+from pushsvc.event import Draft, Event, size_of
 from pushsvc.position import Position
 
 CLOSED = "the broker is closed"
@@ -34,11 +34,6 @@ class Page(NamedTuple):
     events: list[Event]
     more: bool
     missing: int
-
-
-def size_of(text: str) -> int:
-    """Bytes of `text` in UTF-8."""
-    return len(text) if text.isascii() else len(text.encode())
 
 
 def page_of(events: Iterable[Event]) -> tuple[list[Event], bool]:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import gevent
 
-from pushsvc.brokers.base import CLOSED, MOST_MARKS, Broker, Deliver, Page, Reset, page_of, size_of
+from pushsvc.brokers.base import CLOSED, MOST_MARKS, Broker, Deliver, Page, Reset, page_of
 from pushsvc.errors import BrokerUnavailable
-from pushsvc.event import KEEP_LATEST, KEEP_NONE, Draft, Event
+from pushsvc.event import KEEP_LATEST, KEEP_NONE, Draft, Event, size_of
 from pushsvc.position import Position, new_epoch
 from pushsvc.settings import Settings
 

@@ -148,7 +148,7 @@ class Line:
         commands = [self.link.script(job.script, *job.arguments) if job.script else job.arguments for job in jobs]
         publishes = any(job.script == PUBLISH for job in jobs)
         if self._replicas and publishes:
-            commands.append(("WAIT", self._replicas, round(self._seconds * 500)))
+            commands.append(self.link.await_replicas(self._replicas))
         try:
             replies = self.link.exchange(commands)
         except OSError as error:
@@ -175,15 +175,10 @@ class Line:
         return self.unavailable("write" if job.script == PUBLISH else "read", reason)
 
     def _reach(self) -> None:
-        """A connection that still stands, else a new one: what is sent into one that the server has closed meanwhile
-        would be lost for no reason."""
-        try:
-            if not self._left and self.link.is_open and not self.link.has_more():
-                return
-        except OSError:
-            pass
-        known, self._left = self._known(), False
-        self.link.open(known.epoch, known.seq)
+        """A connection that still stands, else a new one. Switches."""
+        if self._left or not self.link.stands():
+            self._left = False
+            self.link.open(*self._known())
 
     def _fail(self, jobs: list[_Job], error: Exception) -> None:
         self._trouble.note(WRITER, error)

@@ -127,9 +127,13 @@ class Link:
         self._scripts = Scripts()
         self._connection: Any = None
 
-    @property
-    def is_open(self) -> bool:
-        return self._connection is not None
+    def stands(self) -> bool:
+        """Whether it is open and the server has not closed it: what is sent into one that it has would be lost for no
+        reason. Never raises."""
+        try:
+            return self._connection is not None and not self.has_more()
+        except OSError:
+            return False
 
     def open(self, epoch: str = "", newest: int = 0) -> int:
         """Connect to the master, load the scripts, take part in the present epoch or begin the next; the newest
@@ -164,6 +168,11 @@ class Link:
         if connection is not None and (sock := connection._sock) is not None:
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
+
+    def await_replicas(self, count: int) -> Arguments:
+        """The command that waits until so many replicas have what was sent before, for half the time of a reply at
+        most; it answers how many have."""
+        return "WAIT", count, round(self._seconds * 500)
 
     def script(self, name: str, *arguments: str | int | bytes) -> list[str | int | bytes]:
         """The command that runs a script."""
