@@ -1,17 +1,17 @@
 """The console page in a real browser, against the running service; and a browser's own EventSource."""
 
 import os
-import shutil
 import signal
 import uuid
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 
 from tests.support.client import publish
+from tests.support.programs import missing, program
 from tests.support.reader import EventReader
 from tests.support.server import Server
 from tests.support.wait import eventually
@@ -89,20 +89,6 @@ class Console:
 
 def until(fact: Callable[[], object], message: str) -> None:
     eventually(fact, timeout=TIMEOUT, message=message)
-
-
-def missing(reason: str) -> NoReturn:
-    """A run by hand may do without a browser; an unattended one must not pass without these tests."""
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
-def program(name: str) -> str:
-    found = shutil.which(name) or f"/usr/bin/{name}"
-    if not os.access(found, os.X_OK):
-        missing(f"{name} is not installed")
-    return found
 
 
 @pytest.fixture

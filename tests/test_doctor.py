@@ -28,8 +28,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from tests.support import client
+from tests.support.programs import program
 from tests.support.server import ROOT, Server, free_port
-from tests.test_proxies import Certificate, Haproxy, Nginx, PlainHaproxy, Proxy, program
+from tests.test_proxies import Certificate, Haproxy, Nginx, PlainHaproxy, Proxy
 
 KEY = "a key of the tests that has more than 32 bytes"
 ORIGIN = "https://app.example"

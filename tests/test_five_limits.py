@@ -14,11 +14,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 
 from tests.support.client import request
+from tests.support.programs import missing
 from tests.support.server import ROOT, Server
 
 SHOW = ROOT / "ops" / "limits" / "show.py"
@@ -28,13 +29,6 @@ CANNOT = 3
 
 Figures = dict[str, Any]
 Shown = Callable[[int], dict[str, list[Figures]]]
-
-
-def missing(reason: str) -> NoReturn:
-    """A run by hand may do without; an unattended one must not pass without these tests."""
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 
+from tests.support.programs import missing
 from tests.support.server import ROOT
 
 LIMITS = ROOT / "ops" / "limits"
@@ -77,12 +78,6 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
         yield machine
     finally:
         subprocess.run(["ip", "netns", "del", name], check=True, capture_output=True)
-
-
-def missing(reason: str) -> NoReturn:
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 def tool(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:

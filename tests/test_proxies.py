@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jwt
 import pytest
@@ -30,6 +30,7 @@ from cryptography.x509.oid import NameOID
 
 from tests.support import client
 from tests.support.client import Stream
+from tests.support.programs import program
 from tests.support.server import Server, free_port
 from tests.support.wait import eventually
 
@@ -38,20 +39,6 @@ KEY = "a key of the tests that has more than 32 bytes"
 HEARTBEAT = 0.5  # seconds; the proxies must pass every one
 AT_ONCE = 0.1  # seconds; HAProxy without http-no-delay takes 0.2, a proxy that buffers for ever
 STOP_TIMEOUT = 10
-
-
-def missing(reason: str) -> NoReturn:
-    """A run by hand may do without these programs; an unattended one must not pass without these tests."""
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
-def program(name: str) -> str:
-    found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
-    if found is None:
-        missing(f"{name} is not installed")
-    return found
 
 
 def token(**pushsvc: list[str]) -> str:

@@ -21,7 +21,7 @@ from pushsvc.event import Draft
 from pushsvc.position import Position
 from pushsvc.publisher import Publisher
 from pushsvc.settings import Settings, hide
-from tests.support.brokers import Side
+from tests.support.brokers import Side, data, put
 from tests.support.client import Stream, request
 from tests.support.fire import epoch_of, seq_of
 from tests.support.redis import Redis
@@ -61,14 +61,6 @@ def publisher(server: Redis) -> Iterator[Publisher]:
         yield publisher
 
 
-def data(side: Side) -> list[str]:
-    return [event.data for event in side.events]
-
-
-def put(side: Side, text: str, topic: str = "a", **fields: Any) -> Position:
-    return side.broker.append([Draft((topic,), text, **fields)])[0]
-
-
 def put_until_it_goes(side: Side, text: str) -> Position:
     """As a client does that is told to come back."""
     return eventually(lambda: put(side, text), TIMEOUT)
@@ -77,11 +69,6 @@ def put_until_it_goes(side: Side, text: str) -> Position:
 def subscribers(server: Redis, topic: str) -> int:
     with contextlib.closing(server.client()) as client:
         return int(client.execute_command("PUBSUB", "NUMSUB", f"pushsvc:0:{topic}")[1])
-
-
-def break_listeners(server: Redis) -> None:
-    with contextlib.closing(server.client()) as client:
-        client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
 
 
 # --- several processes
@@ -185,7 +172,7 @@ def test_after_a_broken_connection_nothing_is_missing_or_doubled(server: Redis, 
     for number in range(300):
         put(one, str(number), "abc"[number % 3])
         if number % 50 == 25:
-            break_listeners(server)
+            server.break_listeners()
     for side in (one, two):
         side.heard(300, TIMEOUT)
         assert data(side) == [str(number) for number in range(300)]
@@ -200,7 +187,7 @@ def test_a_break_while_the_history_goes_is_told(
     reader: Any = side.broker._reader  # type: ignore[attr-defined]
     join, may_join = reader._join, Signal()
     monkeypatch.setattr(reader, "_join", lambda: may_join.wait() and join())
-    break_listeners(server)
+    server.break_listeners()
     eventually(lambda: not reader._live)
     with Publisher(server.url) as publisher:
         for number in range(20):

@@ -17,9 +17,8 @@ from pushsvc.brokers import redis_reader
 from pushsvc.brokers.redis_link import parse_address
 from pushsvc.errors import BrokerUnavailable
 from pushsvc.event import Draft, Event
-from pushsvc.position import Position
 from pushsvc.publisher import Publisher
-from tests.support.brokers import WATCHED, Side
+from tests.support.brokers import WATCHED, Side, data, put
 from tests.support.redis import Redis
 from tests.support.server import ROOT
 from tests.support.wait import eventually
@@ -49,19 +48,6 @@ def opened() -> Iterator[Open]:
 def publisher(server: Redis) -> Iterator[Publisher]:
     with Publisher(server.url) as publisher:
         yield publisher
-
-
-def data(side: Side) -> list[str]:
-    return [event.data for event in side.events]
-
-
-def put(side: Side, text: str, topic: str = "a", **fields: Any) -> Position:
-    return side.broker.append([Draft((topic,), text, **fields)])[0]
-
-
-def break_listeners(server: Redis) -> None:
-    with contextlib.closing(server.client()) as client:
-        client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
 
 
 # --- history
@@ -267,7 +253,7 @@ def test_what_is_published_before_a_topic_is_listened_to_is_no_loss(
         return missing
 
     monkeypatch.setattr(reader, "_repair", watch_and_repair)
-    break_listeners(server)
+    server.break_listeners()
     eventually(lambda: not reader._live, interval=0.001)
     eventually(side.broker.head)
     publisher.publish("late", "3")
@@ -311,7 +297,7 @@ def test_a_loss_is_told_also_for_a_topic_that_has_left_meanwhile(
     reader: Any = side.broker._reader  # type: ignore[attr-defined]
     join, may_join = reader._join, Signal()
     monkeypatch.setattr(reader, "_join", lambda: may_join.wait() and join())
-    break_listeners(server)
+    server.break_listeners()
     eventually(lambda: not reader._live)
     publisher.publish("a", "lost")
     with contextlib.closing(server.client()) as client:

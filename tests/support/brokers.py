@@ -12,7 +12,7 @@ from typing import Any
 
 from pushsvc.brokers import open_broker
 from pushsvc.errors import BrokerUnavailable
-from pushsvc.event import Event
+from pushsvc.event import Draft, Event
 from pushsvc.position import Position
 from pushsvc.settings import Settings
 from tests.support.redis import Redis
@@ -38,6 +38,16 @@ def redis(directory: Path) -> Iterator[str]:
 BROKERS: dict[str, Callable[[Path], AbstractContextManager[str]]] = {
     "memory": memory, "sqlite": sqlite, "redis": redis}
 WATCHED = ("a", "b", "c", "one", "two")
+
+
+def data(side: "Side") -> list[str]:
+    """The data of all that a side has heard."""
+    return [event.data for event in side.events]
+
+
+def put(side: "Side", text: str, topic: str = "a", **fields: Any) -> Position:
+    """Publish one event of one topic."""
+    return side.broker.append([Draft((topic,), text, **fields)])[0]
 
 
 class Side:

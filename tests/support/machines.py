@@ -16,14 +16,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 import gevent
-import pytest
 
 from tests.support.client import EndOfStream, ProtocolError, Stream, request
 from tests.support.fire import Failures, epoch_of, seq_of
+from tests.support.programs import missing, program
 from tests.support.reader import Message
 from tests.support.redis import Redis
 from tests.support.server import ROOT, Server
@@ -38,20 +38,6 @@ REDIS_PASSWORD = "CHANGE-ME-REDIS"
 STOP_SECONDS = 10
 PAUSE = 0.05  # seconds until a client comes back
 PATIENCE = 30.0
-
-
-def missing(reason: str) -> NoReturn:
-    """A run by hand may do without these programs; an unattended one must not pass without these tests."""
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
-def program(name: str) -> str:
-    found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
-    if found is None:
-        missing(f"{name} is not installed")
-    return found
 
 
 def run(*words: str) -> str:

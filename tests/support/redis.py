@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -10,9 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import pytest
 import redis
 
+from tests.support.programs import program
 from tests.support.server import _follow_parent, free_port
 from tests.support.wait import eventually
 
@@ -58,14 +57,11 @@ class Redis:
 
     def start(self, wait: bool = True) -> None:
         """Start it and, unless told otherwise, wait until it answers."""
-        program = shutil.which("redis-server")
-        if program is None:
-            missing = "redis-server is not installed"
-            pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
+        server = program("redis-server")
         self.directory.mkdir(parents=True, exist_ok=True)
         with (self.directory / "redis.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [*self._prefix, program, *self._options()], cwd=self.directory, stdin=subprocess.DEVNULL, stdout=log,
+                [*self._prefix, server, *self._options()], cwd=self.directory, stdin=subprocess.DEVNULL, stdout=log,
                 stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_follow_parent())
         if wait:
             self.wait_ready()
@@ -76,6 +72,11 @@ class Redis:
     def answers(self) -> bool:
         with contextlib.closing(self.client()) as client:
             return bool(client.ping())
+
+    def break_listeners(self) -> None:
+        """Cut off every connection that is subscribed to something."""
+        with contextlib.closing(self.client()) as client:
+            client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
 
     def kill(self) -> None:
         """SIGKILL: what it had not written is lost. Idempotent."""
