@@ -6,13 +6,11 @@ brings their new code.
 
 from __future__ import annotations
 
-import errno
 import os
+import signal
 import time
-from _socket import AF_INET, SHUT_RDWR, SOCK_STREAM
-from _socket import socket as RawSocket  # for a moment only: it wraps a descriptor that stays another's
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
@@ -20,18 +18,17 @@ from typing import Any
 
 import gevent
 from gevent import socket
-from gevent.server import StreamServer
 from gunicorn.sock import ssl_context
 from gunicorn.workers.ggevent import GeventWorker
 
-from pushsvc.express import READ_BYTES, Express, is_possible
+from pushsvc.express import Express, is_possible
+from pushsvc.listener import Client, Endpoint, Listener, Raw
 
 TICK_SECONDS = 0.05
 NOTIFY_SECONDS = 1.0
 IDLE_SECONDS = 0.25  # a request that is under way arrives within this time
+QUIESCE_SECONDS = 0.1  # so does the handshake of a connection that has begun, and its request
 MOST_PATHS = 64  # paths of streams that are remembered
-WRITE = 2  # of gevent's io watchers
-ACCEPTS = 64  # connections accepted at once; other workers have queues of their own
 
 
 def watch_stop(worker: Any) -> None:
@@ -48,7 +45,9 @@ def watch_stop(worker: Any) -> None:
 
 
 class Idle(gevent.Timeout):  # type: ignore[misc]
-    """The wait of a kept connection for its next request: ends by itself after `seconds`, or by `end()`."""
+    """The wait of a kept connection for its next request: ends by itself after `seconds`, or by `end()`.
+
+    Entered in the connection's greenlet, whose `client` it is."""
 
     def __init__(self, waiting: OrderedDict[Idle, float], seconds: float) -> None:
         super().__init__(seconds, False)
@@ -64,125 +63,21 @@ class Idle(gevent.Timeout):  # type: ignore[misc]
         return super().__exit__(kind, value, trace)
 
     def end(self) -> None:
+        """Unless the request has come: then it is answered. Atomic: no switch."""
+        client = self._greenlet.client
+        if isinstance(client, Client) and client.has_unread():
+            return
         if self._waiting.pop(self, None) is not None:
             gevent.kill(self._greenlet, self)  # does not wait
 
     __hash__ = object.__hash__
 
 
-class Raw:
-    """An accepted connection that is no more than its descriptor. Owned by whoever holds it: `detach` gives it away."""
-
-    __slots__ = ("fd",)
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
-    def first_bytes(self) -> bytes:
-        """What has come already; empty for nothing, also where the connection has broken."""
-        try:
-            return os.read(self.fd, READ_BYTES)
-        except OSError:
-            return b""
-
-    def sendall(self, data: bytes) -> None:
-        """Write all. Raises OSError. Switches only if the socket is full."""
-        rest = memoryview(data)
-        while rest:
-            try:
-                rest = rest[os.write(self.fd, rest) :]
-            except BlockingIOError:
-                hub = gevent.get_hub()
-                hub.wait(hub.loop.io(self.fd, WRITE))
-
-    def abort(self) -> None:
-        """Break it off: a `sendall` that waits raises. Atomic: no switch."""
-        if self.fd >= 0:
-            connection = RawSocket(AF_INET, SOCK_STREAM, 0, fileno=self.fd)
-            with suppress(OSError):
-                connection.shutdown(SHUT_RDWR)
-            connection.detach()
-
-    def detach(self) -> int:
-        fd, self.fd = self.fd, -1
-        return fd
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.detach())
-
-
-class Client(socket.socket):  # type: ignore[misc]
-    """gevent's socket, which gives the bytes that were read before it was made first."""
-
-    ahead = b""
-
-    def recv(self, size: int, flags: int = 0) -> bytes:
-        if self.ahead:
-            data, self.ahead = self.ahead[:size], self.ahead[size:]
-            return data
-        received: bytes = super().recv(size, flags)
-        return received
-
-
-class Listener(StreamServer):  # type: ignore[misc]
-    """A listening socket with at most `most` connections that are served now; more wait in the kernel's queue.
-
-    `serve(raw, address)` runs in a raw greenlet per connection: a pool's greenlets cost a tenth of a connect. A
-    connection that finds no descriptor is not accepted in a spin: it waits for one.
-    """
-
-    max_accept = ACCEPTS
-
-    def __init__(self, sock: Any, serve: Callable[[Raw, Any], None], most: int) -> None:
-        super().__init__(sock, handle=serve)
-        self.serve = serve
-        self.most = most
-        self.serving = 0
-
-    def full(self) -> bool:
-        return self.serving >= self.most
-
-    def do_read(self) -> Any:
-        try:
-            fd, address = self.socket._accept()
-            os.set_blocking(fd, False)  # accepted connections do not inherit it, and one blocked write stops the worker
-            return fd, address
-        except BlockingIOError:
-            return None
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
-            self.stop_accepting()
-            self._timer = self.loop.timer(TICK_SECONDS)
-            self._timer.start(self._start_accepting_if_started)
-            return None
-
-    def do_handle(self, fd: int, address: Any) -> None:
-        self.serving += 1
-        gevent.spawn_raw(self._serve, Raw(fd), address)
-
-    def _serve(self, raw: Raw, address: Any) -> None:
-        try:
-            self.serve(raw, address)
-        finally:
-            raw.close()
-            self.serving -= 1
-            if self.serving == self.most - 1:
-                self._start_accepting_if_started()
-
-    def accept_waiting(self) -> None:
-        """Take what waits in the queue: whoever closes the socket resets them."""
-        for _ in range(self.most):
-            waiting = None if self.full() else self.do_read()
-            if not waiting:
-                return
-            self.do_handle(*waiting)
-
-
 class PushWorker(GeventWorker):  # type: ignore[misc]
     """The worker that gunicorn.conf.py names. A request is served as in gunicorn's gevent worker; but when the answer
     is a stream on a plain chunked connection, the parking lot takes it over."""
+
+    _told: frozenset[int] = frozenset()  # the signals that have told it to end
 
     def load_wsgi(self) -> None:
         from pushsvc.parking import ParkingLot
@@ -214,33 +109,46 @@ class PushWorker(GeventWorker):  # type: ignore[misc]
                 raise StopIteration  # gunicorn's word for: this connection is done with
         return body
 
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self._told |= {sig}
+        super().handle_exit(sig, frame)
+
+    def handle_quit(self, sig: int, frame: Any) -> None:
+        """INT and QUIT stop in order, as TERM does; the second time, or after a TERM, at once. A Ctrl-C comes as both: as
+        INT from the terminal, as QUIT from the master."""
+        at_once = not self._told.isdisjoint({sig, signal.SIGTERM})
+        self._told |= {sig}
+        if at_once:
+            super().handle_quit(sig, frame)
+        self.alive = False
+
     def timeout_ctx(self) -> Idle:
         return Idle(self._idle, self.cfg.keepalive)
 
-    def _serve(self, listener: Any, express: Express | None, raw: Raw, address: Any) -> None:
+    def _serve(self, endpoint: Endpoint, express: Express | None, raw: Raw, address: Any) -> None:
         """One connection: the short way if its first request can take it, else gunicorn's."""
         data = b""
         if express is not None:
             data = raw.first_bytes()
             prepared = express.prepare(data, address)
             if prepared is not None:
-                self._serve_express(listener, raw, address, *prepared)
+                self._serve_express(endpoint, raw, address, *prepared)
                 return
-        client = Client(listener.family, listener.type, listener.proto, fileno=raw.detach())
-        client.ahead = data
-        self._serve_on(listener, client, address)
+        self._serve_on(endpoint, Client(endpoint, raw, data), address)
 
-    def _serve_on(self, listener: Any, client: Any, address: Any) -> None:
+    def _serve_on(self, endpoint: Endpoint, client: Any, address: Any) -> None:
         """Requests on a connection, gunicorn's way, to its end."""
+        gevent.getcurrent().client = client
         if self._idle and any(server.full() for server in self._servers):
             next(iter(self._idle)).end()  # the longest idle makes room
         if self.cfg.is_ssl:
             client = self._ssl.wrap_socket(client, server_side=True, do_handshake_on_connect=False)
-        self.handle(listener, client, address)
+        self.handle(endpoint, client, address)
 
-    def _serve_express(self, listener: Any, raw: Raw, address: Any, environ: dict[str, Any], response: Any) -> None:
+    def _serve_express(self, endpoint: Endpoint, raw: Raw, address: Any, environ: dict[str, Any],
+                       response: Any) -> None:
         self.nr += 1
-        alive = bool(self.alive)  # type: ignore[has-type]
+        alive = bool(self.alive)
         if self.nr >= self.max_requests and alive:
             self.log.info("Autorestarting worker after current request.")
             self.alive = alive = False
@@ -252,7 +160,7 @@ class PushWorker(GeventWorker):  # type: ignore[misc]
             with suppress(OSError):
                 self.lot.run(body, response, raw)
             return
-        client = Client(listener.family, listener.type, listener.proto, fileno=raw.detach())
+        client = Client(endpoint, raw)
         response.sock = client
         try:
             for part in body:
@@ -266,7 +174,7 @@ class PushWorker(GeventWorker):  # type: ignore[misc]
         if response.should_close():
             client.close()
         else:
-            self._serve_on(listener, client, address)
+            self._serve_on(endpoint, client, address)
 
     def run(self) -> None:
         self._servers = [self._listen(each) for each in self.sockets]
@@ -287,7 +195,7 @@ class PushWorker(GeventWorker):  # type: ignore[misc]
                 express = Express(self.cfg, sock.getsockname(), self._paths)
         if self.cfg.is_ssl:
             self._ssl = ssl_context(self.cfg)
-        server = Listener(sock, partial(self._serve, sock, express), self.service.settings.max_connections)
+        server = Listener(sock, partial(self._serve, Endpoint.of(sock), express), self.service.settings.max_connections)
         server.start()
         return server
 
@@ -305,6 +213,9 @@ class PushWorker(GeventWorker):  # type: ignore[misc]
     def _stop(self) -> None:
         """Take no new connections, end the streams, finish the requests; return when all are gone. Switches."""
         self.service.hub.draining = True
+        for server in self._servers:
+            server.quiesce()
+        gevent.sleep(QUIESCE_SECONDS)
         for server in self._servers:
             server.accept_waiting()
             server.close()

@@ -15,7 +15,7 @@ FLOORS = [
     {"mailbox", "auth", "metrics", "log", "memory", "presence", "recorder"},
     {"brokers.*"},
     {"bundle", "subscription", "hub", "publisher"},
-    {"stream", "worker", "parking", "express"},
+    {"stream", "worker", "listener", "parking", "express"},
     {"views.*"},
 ]
 # What reaches outside of its arguments: the clock, chance, the environment, the disk, the net, the scheduler.

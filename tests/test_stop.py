@@ -228,11 +228,43 @@ def test_stop_ends_each_stream_clean_with_a_retry_of_its_own_and_loses_no_acknow
         assert gone - last_end < GONE_SECONDS
         assert len(publishers.acknowledged) > before, "nobody published during the stop"
 
+        assert "Traceback" not in server.log()
+
         server.start()
         server.wait_ready()
         assert_history_has(publishers.acknowledged, all_of_history(server.url))
         print(f"{STREAMS} streams ended in {last_end - told:.1f} s, the service was gone {gone - last_end:.1f} s later; "
               f"{len(publishers.acknowledged) - before} publishes acknowledged meanwhile")
+
+
+@pytest.mark.parametrize(("number", "to_all"), [(signal.SIGINT, True), (signal.SIGINT, False), (signal.SIGQUIT, False)],
+                         ids=["Ctrl-C", "INT", "QUIT"])
+def test_every_way_to_stop_ends_the_streams_clean(number: signal.Signals, to_all: bool, tmp_path: Path) -> None:
+    """A Ctrl-C goes to all processes of the terminal."""
+    with Server(tmp_path, env=ENVIRONMENT) as server, ExitStack() as stack:
+        streams = [stack.enter_context(open_stream(server.url)) for _ in range(20)]
+        (os.killpg if to_all else os.kill)(server.pid, number)
+        for stream in streams:
+            stream.rest(PATIENCE)
+            assert stream.clean_end
+            assert 1 <= (stream.reader.reconnection_time or 0) <= COMEBACK_MS
+        server.wait_gone(GRACEFUL_SECONDS)
+        assert "Traceback" not in server.log()
+
+
+@pytest.mark.parametrize(("first", "second"), [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT)])
+def test_second_ctrl_c_ends_it_at_once(first: signal.Signals, second: signal.Signals, tmp_path: Path) -> None:
+    """A client that reads nothing would hold up the stop for the drain window."""
+    patient = {**ENVIRONMENT, "PUSHSVC_MAILBOX_BYTES": str(64 << 20), "PUSHSVC_DRAIN_SECONDS": "500",
+               "PUSHSVC_GRACEFUL_SECONDS": "600"}
+    with Server(tmp_path, env=patient) as server, Stream(server.url, TOPIC, receive_buffer=4096) as frozen:
+        frozen.opened(PATIENCE)
+        for number in range(16):
+            publish(server.url, topic=TOPIC, data=f"{number} " + "x" * 500_000)
+        os.killpg(server.pid, first)
+        eventually(lambda: "draining" in server.log(), PATIENCE)
+        os.killpg(server.pid, second)
+        server.wait_gone(PATIENCE)
 
 
 def assert_spread(retries: list[int | None]) -> None:

@@ -275,12 +275,13 @@ class Load:
     """Publishers that together publish so many events a second from `with` to the end of the block, whatever becomes of
     them. An event's data is "PUBLISHER NUMBER". It is sent once, with an Idempotency-Key: what comes twice was doubled.
 
-    acknowledged: what was answered 200. failed: how many were not; whether those are in the log is not known.
+    acknowledged: what was answered 200. failed: what was not, and what came instead; whether that is in the log is not
+    known.
     """
 
     def __init__(self, url: str, topics: Sequence[str], rate: float, publishers: int = 8) -> None:
         self.acknowledged: list[Acknowledged] = []
-        self.failed = 0
+        self.failed: list[str] = []
         self._url = url
         self._topics = topics
         self._every = publishers / rate
@@ -318,26 +319,28 @@ class Load:
                 break
             topics = tuple(random.sample(self._topics, 2 if number % 3 == 0 else 1))
             data = f"{name} {number}"
-            if id := publish_once(connection, {"topics": topics, "data": data}, f"{self._topics[0]} {data}"):
+            began = time.monotonic()
+            id, fault = publish_once(connection, {"topics": topics, "data": data}, f"{self._topics[0]} {data}")
+            if id:
                 self.acknowledged.append(Acknowledged(id, topics, data, time.monotonic()))
             else:
-                self.failed += 1
+                self.failed.append(f"{data} after {time.monotonic() - began:.3f} s: {fault}")
                 gevent.sleep(PAUSE)
             due = max(due + self._every, time.monotonic() - 0.1)  # what was missed in a fault is not made up for
         connection.close()
 
 
-def publish_once(connection: http.client.HTTPConnection, fields: Mapping[str, Any], key: str) -> str:
-    """The id of an event that was acknowledged; an empty string for one that was not."""
+def publish_once(connection: http.client.HTTPConnection, fields: Mapping[str, Any], key: str) -> tuple[str, str]:
+    """The id of an event that was acknowledged, or an empty string and what came instead."""
     headers = {"Content-Type": "application/json", "Idempotency-Key": key}
     try:
         connection.request("POST", "/publish", json.dumps(fields), headers)
         response = connection.getresponse()
         body = response.read()
-    except Failures:
+    except Failures as error:
         connection.close()
-        return ""
-    return str(json.loads(body)["id"]) if response.status == 200 else ""
+        return "", repr(error)
+    return (str(json.loads(body)["id"]), "") if response.status == 200 else ("", f"{response.status} {body!r}")
 
 
 class Listener:

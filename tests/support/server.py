@@ -159,9 +159,12 @@ class Server:
         assert self._runs(), f"{self!r} does not run"
         started = time.monotonic()
         os.kill(self.pid, signal.SIGTERM)
-        exited = self._wait(timeout)
-        assert exited, f"{self!r} did not exit in {timeout:g} s after SIGTERM:\n{self._log_tail()}"
+        self.wait_gone(timeout)
         return time.monotonic() - started
+
+    def wait_gone(self, timeout: float) -> None:
+        """Waits for the master's exit. Raises AssertionError with the log's end if that takes longer."""
+        assert self._wait(timeout), f"{self!r} has not exited in {timeout:g} s:\n{self._log_tail()}"
 
     def reload(self) -> None:
         """SIGHUP to the master: it starts new workers and lets the old ones go. Returns at once."""

@@ -1,0 +1,196 @@
+"""A worker's listening sockets, and the connections that they accept.
+
+To close a socket is to reset what the kernel still holds for it: connections that were made and not accepted, requests
+that came and were not read. So a listener is quiesced before it is closed, and a connection lingers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+import time
+from _socket import AF_INET, AF_UNIX, MSG_DONTWAIT, MSG_PEEK, SHUT_RDWR, SHUT_WR, SOCK_STREAM, SOL_SOCKET
+from _socket import socket as RawSocket  # for a moment only: it wraps a descriptor that stays another's
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from posix import close as close_descriptor  # gevent's os.close is dear, and waits for the loop's next pass
+from typing import Any
+
+import gevent
+from gevent import socket
+from gevent.server import StreamServer
+
+from pushsvc.express import READ_BYTES
+
+RETRY_SECONDS = 0.05  # until a descriptor may be free again
+LINGER_SECONDS = 1.0  # how long a client may take to close its end
+WRITE = 2  # of gevent's io watchers
+ACCEPTS = 64  # connections accepted at once; other workers have queues of their own
+SO_ATTACH_FILTER = 26
+# A filter for a listening socket (classic BPF): drop a segment whose flags are SYN without ACK, take any other.
+# Each instruction: code, jump if true, jump if false, k. The flags are byte 13 of the segment (RFC 9293, section 3.1).
+_NO_SYN = b"".join(struct.pack("=HBBI", *each) for each in (
+    (0x30, 0, 0, 13), (0x54, 0, 0, 0x12), (0x15, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF)))
+_INSTRUCTION_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """What is asked of a listening socket for each of its connections, and must be known when it is closed already."""
+
+    family: int
+    type: int
+    proto: int
+    name: Any
+
+    @classmethod
+    def of(cls, sock: Any) -> Endpoint:
+        return cls(sock.family, sock.type, sock.proto, sock.getsockname())
+
+    def getsockname(self) -> Any:
+        """As gunicorn asks for it."""
+        return self.name
+
+
+class Raw:
+    """An accepted connection that is no more than its descriptor. Owned by whoever holds it: `detach` gives it away."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def first_bytes(self) -> bytes:
+        """What has come already; empty for nothing, also where the connection has broken."""
+        try:
+            return os.read(self.fd, READ_BYTES)
+        except OSError:
+            return b""
+
+    def sendall(self, data: bytes) -> None:
+        """Write all. Raises OSError. Switches only if the socket is full."""
+        rest = memoryview(data)
+        while rest:
+            try:
+                rest = rest[os.write(self.fd, rest) :]
+            except BlockingIOError:
+                hub = gevent.get_hub()
+                with hub.loop.io(self.fd, WRITE) as watcher:
+                    hub.wait(watcher)
+
+    def abort(self) -> None:
+        """Break it off: a `sendall` that waits raises. Atomic: no switch."""
+        if self.fd >= 0:
+            connection = RawSocket(AF_INET, SOCK_STREAM, 0, fileno=self.fd)
+            with suppress(OSError):
+                connection.shutdown(SHUT_RDWR)
+            connection.detach()
+
+    def detach(self) -> int:
+        fd, self.fd = self.fd, -1
+        return fd
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            close_descriptor(self.detach())
+
+
+class Client(socket.socket):  # type: ignore[misc]
+    """gevent's socket of a connection that came by `endpoint`. What was read before it was made (`ahead`) comes first."""
+
+    def __init__(self, endpoint: Endpoint, raw: Raw, ahead: bytes = b"") -> None:
+        super().__init__(endpoint.family, endpoint.type, endpoint.proto, fileno=raw.detach())
+        self.ahead = ahead
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        if self.ahead:
+            data, self.ahead = self.ahead[:size], self.ahead[size:]
+            return data
+        received: bytes = super().recv(size, flags)
+        return received
+
+    def has_unread(self) -> bool:
+        """Whether something has come that was not read. Atomic: no switch."""
+        try:
+            return bool(self.ahead or self._sock.recv(1, MSG_PEEK | MSG_DONTWAIT))
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """A lingering close (RFC 9112, section 9.6): say that nothing follows, and read until the client has closed too,
+        or for a moment. To close with a request in the buffer, or on its way, would reset the connection: the client
+        would lose the answer before it, and a proxy would not know that it may ask elsewhere. Switches."""
+        with suppress(OSError):
+            self.shutdown(SHUT_WR)
+            until = time.monotonic() + LINGER_SECONDS
+            while (left := until - time.monotonic()) > 0:
+                self.settimeout(left)
+                if not super().recv(READ_BYTES):
+                    break
+        super().close()
+
+
+class Listener(StreamServer):  # type: ignore[misc]
+    """A listening socket with at most `most` connections that are served now; more wait in the kernel's queue.
+
+    `serve(raw, address)` runs in a raw greenlet per connection: a pool's greenlets cost a tenth of a connect. A
+    connection that finds no descriptor is not accepted in a spin: it waits for one.
+    """
+
+    max_accept = ACCEPTS
+
+    def __init__(self, sock: Any, serve: Callable[[Raw, Any], None], most: int) -> None:
+        super().__init__(sock, handle=serve)
+        self.serve = serve
+        self.most = most
+        self.serving = 0
+
+    def full(self) -> bool:
+        return self.serving >= self.most
+
+    def do_read(self) -> Any:
+        try:
+            fd, address = self.socket._accept()
+            os.set_blocking(fd, False)  # accepted connections do not inherit it, and one blocked write stops the worker
+            return fd, address
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            self.stop_accepting()
+            self._timer = self.loop.timer(RETRY_SECONDS)
+            self._timer.start(self._start_accepting_if_started)
+            return None
+
+    def do_handle(self, fd: int, address: Any) -> None:
+        self.serving += 1
+        gevent.spawn_raw(self._serve, Raw(fd), address)
+
+    def _serve(self, raw: Raw, address: Any) -> None:
+        try:
+            self.serve(raw, address)
+        finally:
+            raw.close()
+            self.serving -= 1
+            if self.serving == self.most - 1:
+                self._start_accepting_if_started()
+
+    def quiesce(self) -> None:
+        """Let no new connection begin; those that are being made still come. Who tries anew is not answered, and tries
+        again after a second: then another has the port, or he is refused. Atomic: no switch."""
+        if self.socket.family != AF_UNIX:
+            code = ctypes.create_string_buffer(_NO_SYN, len(_NO_SYN))
+            program = struct.pack("HP", len(_NO_SYN) // _INSTRUCTION_BYTES, ctypes.addressof(code))
+            self.socket.setsockopt(SOL_SOCKET, SO_ATTACH_FILTER, program)
+
+    def accept_waiting(self) -> None:
+        """Take what waits in the queue: whoever closes the socket resets them."""
+        for _ in range(self.most):
+            waiting = None if self.full() else self.do_read()
+            if not waiting:
+                return
+            self.do_handle(*waiting)

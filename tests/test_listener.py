@@ -1,0 +1,197 @@
+"""Listening sockets and connections that are closed so that no client is reset that has asked for something."""
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import gevent
+import pytest
+from gevent import select
+from gevent import socket as sockets
+
+from pushsvc import listener as listeners
+from pushsvc.listener import Client, Endpoint, Listener, Raw
+from tests.support.server import Server
+from tests.support.wait import eventually
+
+HOSTS = {"IPv4": (socket.AF_INET, "127.0.0.1"), "IPv6": (socket.AF_INET6, "::1")}
+PATIENCE = 10.0
+REQUEST = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+@pytest.fixture(params=HOSTS)
+def listening(request: pytest.FixtureRequest) -> Iterator[Listener]:
+    """Answers the first bytes of a connection, as upper case, and closes it."""
+    family, host = HOSTS[request.param]
+    if family == socket.AF_INET6 and not Path("/proc/net/if_inet6").exists():
+        pytest.skip("this machine has no IPv6")
+    sock = sockets.socket(family)
+    sock.bind((host, 0))
+    sock.listen(16)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 10)
+    endpoint = Endpoint.of(sock)
+
+    def serve(raw: Raw, address: object) -> None:
+        client = Client(endpoint, raw)
+        client.sendall(client.recv(100).upper())
+        client.close()
+
+    server = Listener(sock, serve, most=10)
+    server.address = endpoint.getsockname()[:2]
+    server.start()
+    yield server
+    server.close()
+    eventually(lambda: not server.serving)
+
+
+def connected(server: Listener, timeout: float = PATIENCE) -> socket.socket:
+    return sockets.create_connection(server.address, timeout)
+
+
+def test_connection_that_is_made_before_a_quiesce_is_served_and_none_is_made_after_it(listening: Listener) -> None:
+    silent, early = connected(listening), connected(listening)
+    early.sendall(b"early")
+    listening.quiesce()
+    with pytest.raises(TimeoutError):
+        connected(listening, 0.3)
+    silent.sendall(b"late")
+    assert [each.recv(100) for each in (early, silent)] == [b"EARLY", b"LATE"]
+    listening.close()
+    with pytest.raises(ConnectionRefusedError):
+        connected(listening)
+    early.close()
+    silent.close()
+
+
+def test_connection_that_waits_in_the_queue_is_served_though_the_socket_is_closed(listening: Listener) -> None:
+    listening.stop_accepting()
+    waiting = connected(listening)
+    waiting.sendall(b"waiting")
+    eventually(lambda: is_readable(listening.socket), message="the connection is in the queue")
+    listening.quiesce()
+    listening.accept_waiting()
+    listening.close()
+    assert waiting.recv(100) == b"WAITING"
+    waiting.close()
+
+
+def is_readable(sock: socket.socket) -> bool:
+    return bool(select.select([sock], [], [], 0)[0])
+
+
+def test_quiesce_of_a_unix_socket_changes_nothing(tmp_path: Path) -> None:
+    path = str(tmp_path / "sock")
+    sock = sockets.socket(socket.AF_UNIX)
+    sock.bind(path)
+    sock.listen(4)
+    server = Listener(sock, lambda raw, address: raw.sendall(b"here"), most=10)
+    server.start()
+    server.quiesce()
+    client = sockets.socket(socket.AF_UNIX)
+    client.connect(path)
+    assert client.recv(10) == b"here"
+    client.close()
+    server.close()
+
+
+# --- The end of a connection -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Client, socket.socket]]:
+    """A connection's two ends: as the service has it, and the client's. It lingers for longer than a test takes."""
+    monkeypatch.setattr(listeners, "LINGER_SECONDS", 3 * PATIENCE)
+    door = socket.create_server(("127.0.0.1", 0))
+    far = sockets.create_connection(door.getsockname())
+    near, _ = door.accept()
+    near.setblocking(False)
+    yield Client(Endpoint.of(near), Raw(near.detach())), far
+    far.close()
+    door.close()
+
+
+def test_request_that_crosses_the_close_does_not_reset_the_connection(pair: tuple[Client, socket.socket]) -> None:
+    client, far = pair
+    closing = gevent.spawn(client.close)
+    assert far.recv(10) == b""
+    far.sendall(b"POST /publish HTTP/1.1\r\n")
+    gevent.sleep(0.05)
+    assert far.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+    assert not closing.ready(), "it waits for the client"
+    far.close()
+    closing.join(PATIENCE)
+    assert client.fileno() == -1
+
+
+def test_answer_before_a_close_arrives_though_the_request_was_not_read_whole(pair: tuple[Client, socket.socket]) -> None:
+    client, far = pair
+    far.sendall(b"x" * 100_000)
+    client.sendall(b"too large")
+    closing = gevent.spawn(client.close)
+    gevent.sleep(0.05)
+    assert far.recv(100) == b"too large"
+    assert far.recv(100) == b""
+    assert far.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+    far.close()
+    closing.join(PATIENCE)
+
+
+def test_client_that_does_not_close_its_end_is_left_after_a_moment(
+        pair: tuple[Client, socket.socket], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listeners, "LINGER_SECONDS", 0.1)
+    client, far = pair
+    sending = gevent.spawn(send_until_it_fails, far)
+    client.close()
+    assert client.fileno() == -1
+    sending.join(PATIENCE)
+    assert sending.ready(), "the connection is still open"
+
+
+def send_until_it_fails(sock: socket.socket) -> None:
+    while True:
+        try:
+            sock.sendall(b"x")
+        except OSError:
+            return
+        gevent.sleep(0.01)
+
+
+def test_close_of_a_connection_that_is_gone_raises_nothing(pair: tuple[Client, socket.socket]) -> None:
+    client, far = pair
+    raw = Raw(client.detach())
+    raw.close()
+    raw.close()
+    client.close()
+    client.close()
+    assert far.recv(10) == b""
+
+
+def test_what_has_come_and_was_not_read_is_known_and_comes_first(pair: tuple[Client, socket.socket]) -> None:
+    client, far = pair
+    assert not client.has_unread()
+    far.sendall(b"new")
+    eventually(client.has_unread)
+    client.ahead = b"old"
+    assert (client.recv(2), client.recv(10), client.recv(10)) == (b"ol", b"d", b"new")
+    assert not client.has_unread()
+    far.close()
+    eventually(lambda: client.recv(10) == b"")
+    assert not client.has_unread()
+    client.close()
+
+
+def test_kept_connection_that_becomes_too_old_is_closed_without_a_reset(tmp_path: Path) -> None:
+    with Server(tmp_path, workers=1, env={"PUSHSVC_KEEPALIVE_SECONDS": "1"}) as server:
+        eventually(lambda: is_closed_without_a_reset(server), 30, message="it is reset each time")
+
+
+def is_closed_without_a_reset(server: Server) -> bool:
+    """Whether a request that is sent right after the service has closed its end is taken. (A machine that is so busy that
+    the moment is over by then makes it False, too.)"""
+    with sockets.create_connection((server.host, server.port), PATIENCE) as kept:
+        kept.sendall(REQUEST)
+        assert kept.recv(1000).startswith(b"HTTP/1.1 200 ")
+        assert kept.recv(1000) == b"", "it was not closed"
+        kept.sendall(REQUEST)
+        gevent.sleep(0.1)
+        return not kept.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
