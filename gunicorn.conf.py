@@ -131,9 +131,10 @@ def post_fork(server, worker):
 
 
 def post_worker_init(worker):
-    if not hasattr(worker, "lot"):  # gunicorn's own gevent worker
-        from pushsvc.worker import watch_stop
+    from pushsvc.worker import tell_problems, watch_stop
 
+    tell_problems()
+    if not hasattr(worker, "lot"):  # gunicorn's own gevent worker
         watch_stop(worker)
 
 

@@ -6,6 +6,7 @@ brings their new code.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -18,6 +19,7 @@ from typing import Any
 
 import gevent
 from gevent import socket
+from gunicorn import util
 from gunicorn.sock import ssl_context
 from gunicorn.workers.ggevent import GeventWorker
 
@@ -42,6 +44,19 @@ def watch_stop(worker: Any) -> None:
         service.drain()
 
     gevent.spawn(watch)
+
+
+def tell_problems() -> None:
+    """What gunicorn refuses before the application sees it is told as all other errors are: as a problem (RFC 9457), and
+    not as a page of HTML. Called in each worker; gunicorn has no setting for it."""
+    util.write_error = _write_problem
+
+
+def _write_problem(sock: Any, status: int, reason: str, message: str) -> None:
+    body = json.dumps({"title": reason, "status": status, "detail": message or reason})
+    head = (f"HTTP/1.1 {status} {reason}\r\nConnection: close\r\nContent-Type: application/problem+json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n")
+    util.write_nonblock(sock, (head + body).encode())
 
 
 class Idle(gevent.Timeout):  # type: ignore[misc]

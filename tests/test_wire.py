@@ -575,6 +575,24 @@ def test_request_is_understood_as_under_gunicorns_own_worker(server: Server, sto
         assert answer_to(server.url, sent) == expected
 
 
+@pytest.mark.parametrize("kind", ["server", "stock"])
+@pytest.mark.parametrize(("sent", "status"), [
+    ("GET /events?topic=a HTTP/2.9\r\n\r\n", 400), ("nonsense\r\n\r\n", 400), ("GET / HTTP/1.1\r\n: x\r\n\r\n", 400),
+    ("GET /events?topic=a HTTP/1.1\r\nContent-Length: x\r\n\r\n", 400),
+    ("POST /publish HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: x\r\n\r\n", 400),
+    ("POST /publish HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, x, chunked\r\n\r\n", 400),
+    ("GET / HTTP/1.1\r\n" + "X: " + "x" * 9000 + "\r\n\r\n", 431),
+])  # fmt: skip
+def test_request_that_cannot_be_read_is_a_problem_too(
+        kind: str, sent: str, status: int, request: pytest.FixtureRequest) -> None:
+    line, headers, body = answer_to(request.getfixturevalue(kind).url, sent)
+    problem = json.loads(body)
+    assert line.split()[1] == str(status) == str(problem["status"])
+    assert dict(headers)["Content-Type"] == ["application/problem+json"]
+    assert problem["title"]
+    assert problem["detail"]
+
+
 # --- Other readers ---------------------------------------------------------------------------------------
 
 
