@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Sequence
+from functools import lru_cache
 
 from pushsvc.errors import SettingsError
 from pushsvc.settings import Settings
 
+MOST_ADDRESSES = 4096  # remembered; where the service is open to loopback only, or to proxies, they are few
 
+
+@lru_cache(MOST_ADDRESSES)
 def is_loopback(address: str) -> bool:
     """Whether an address (or a listening host) can be reached from this machine only."""
     if address == "127.0.0.1":
