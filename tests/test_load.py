@@ -30,7 +30,7 @@ from load.recording import read_recording
 from load.report import page
 from load.shape import Event, Shape, ShapeError, Stream, expanded, read_shape, write_shape
 from load.table import read_table
-from load.verify import Book, Tally, Track
+from load.verify import Book, Tally, Track, behind
 from load.wire import data_of, read
 
 LOAD = [sys.executable, str(ROOT / "ops" / "load")]
@@ -235,7 +235,7 @@ def test_tally_tells_what_went_wrong(taken: list[int], wrong: dict[str, int]) ->
     for number in taken:
         tally.take(track, number)
     acknowledged = [each.at for each in EVENTS]
-    tally.finish(track, inf, acknowledged)
+    tally.finish(track, inf, acknowledged, acknowledged)
 
     found = {"lost": sum(tally.lost.values()), "doubled": tally.doubled,
              "reordered": tally.reordered(acknowledged, acknowledged),
@@ -248,10 +248,34 @@ def test_last_events_before_a_stream_was_ended_are_overdue_and_not_lost() -> Non
 
     for number in (0, 2):
         tally.take(track, number)
-    tally.finish(track, 4.5, [each.at for each in EVENTS])
+    acknowledged = [each.at for each in EVENTS]
+    tally.finish(track, 4.5, acknowledged, acknowledged)
 
     assert tally.lost == {1: 1}
     assert tally.overdue == {4: 1}
+
+
+def test_nothing_from_before_the_head_is_owed_though_something_older_came() -> None:
+    tally, track = Tally(), Track(Book(EVENTS).expected((1,)), asked=1.4, since=2.5)
+
+    tally.take(track, 0)  # an old one was still under way
+    assert [*behind(track, inf)] == [(1, 3, 5)]
+    tally.take(track, 4)
+    tally.finish(track, inf, [each.at for each in EVENTS], [each.at for each in EVENTS])
+
+    assert tally.lost == {5: 1}
+
+
+@pytest.mark.parametrize(("acknowledged", "lost"), [(1.9, 1), (2.1, 0)], ids=["before the next was sent", "after it"])
+def test_event_that_was_under_way_when_its_stream_was_ended_is_lost_only_if_a_later_one_came(
+        acknowledged: float, lost: int) -> None:
+    tally, track = Tally(), Track(Book(EVENTS).expected((1,)), asked=-1.0, since=-0.5)
+
+    for number in (0, 2):
+        tally.take(track, number)
+    tally.finish(track, 1.5, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0], [0.5, acknowledged, 2.5, 3.5, 4.5, 5.5])
+
+    assert tally.lost.total() == lost
 
 
 def test_events_that_were_under_way_at_once_may_come_in_either_order() -> None:

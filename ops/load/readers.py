@@ -150,7 +150,7 @@ class Readers(Swarm):
         elif (other := self._latest.get(_key(session))) and other.alive and other.track and other.last_id:
             session.last_id = other.last_id
             session.track = replace(other.track, nexts=dict(other.track.nexts),
-                                    begun=dict(other.track.begun), missing=set())
+                                    begun=dict(other.track.begun), missing={})
 
     def _wait(self, number: int) -> None:
         self._sessions[number].waiting = True
@@ -316,10 +316,10 @@ class Readers(Swarm):
         tally = self.tally
         for session in self._sessions:
             if session.alive and session.track is not None:
-                tally.finish(session.track, inf, acknowledged)
+                tally.finish(session.track, inf, sent, acknowledged)
         for session, closed in (each for left in self._left.values() for each in left):
             if session.track is not None:
-                tally.finish(session.track, closed - GRACE_SECONDS, acknowledged)
+                tally.finish(session.track, closed - GRACE_SECONDS, sent, acknowledged)
         lost = {number: count for number, count in tally.lost.items() if acknowledged[number] is not None}
         replaced = sum(count for number, count in lost.items() if self._events[number].keep != "all")
         overdue = sum(count for number, count in tally.overdue.items() if self._events[number].keep == "all")

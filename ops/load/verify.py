@@ -60,14 +60,14 @@ class Track:
     """One client's way through its events, over all reconnects that resume. asked: when it asked for its stream;
     since: from when on nothing may be missing, its head was there; both seconds since the beginning. nexts: the place in
     each lane that comes next; none as long as nothing came. begun: the place that came first. missing: what was passed
-    over."""
+    over, and the event that passed it."""
 
     expected: Expected
     asked: float = 0.0
     since: float = inf
     nexts: dict[int, int] = field(default_factory=dict)
     begun: dict[int, int] = field(default_factory=dict)
-    missing: set[int] = field(default_factory=set)
+    missing: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -99,29 +99,35 @@ class Tally:
         elif due < 0:
             self._take_first(track, number, lane, at)
         elif at > due:
-            track.missing.update(track.expected.order[lane][due:at])
+            self._pass_over(track, number, lane, due, at)
             track.nexts[lane] = at + 1
         elif number in track.missing or at < track.begun[lane]:
-            track.missing.discard(number)
+            track.missing.pop(number, None)
             self.swapped[number, track.expected.order[lane][due - 1]] += 1
         else:
             self.doubled += 1
 
     def _take_first(self, track: Track, number: int, lane: int, at: int) -> None:
-        first = bisect_right(track.expected.dues[lane], track.since)
         self.firsts.append((number, track.asked))
-        track.missing.update(track.expected.order[lane][first:at])
+        self._pass_over(track, number, lane, 0, at)
         track.nexts[lane] = at + 1
         track.begun[lane] = at
 
-    def finish(self, track: Track, until: float, acknowledged: Times) -> None:
-        """The track is over: what was acknowledged before `until` should have come; inf: all. acknowledged: when each
-        event was, seconds; None if it was not."""
+    def _pass_over(self, track: Track, number: int, lane: int, start: int, stop: int) -> None:
+        """Event `number` came before these places of its lane, of which those that were due after the head are owed."""
+        first = max(start, bisect_right(track.expected.dues[lane], track.since))
+        track.missing.update(dict.fromkeys(track.expected.order[lane][first:stop], number))
+
+    def finish(self, track: Track, until: float, sent: Times, acknowledged: Times) -> None:
+        """The track is over: what was acknowledged before `until` should have come; inf: all. So should what one passed
+        that was sent when it was acknowledged already. sent, acknowledged: when each event was, seconds; None if it was
+        not."""
         last = self.lost if until == inf else self.overdue
         for lane, start, stop in behind(track, until):
             last.update(number for number in track.expected.order[lane][start:stop]
                         if (at := acknowledged[number]) is not None and at < until)
-        self.lost.update(track.missing)
+        self.lost.update(number for number, passer in track.missing.items()
+                         if (at := acknowledged[number]) is not None and (at < until or at < (sent[passer] or 0.0)))
         track.missing.clear()
 
     def reordered(self, sent: Times, acknowledged: Times) -> int:
@@ -138,8 +144,7 @@ class Tally:
 def behind(track: Track, until: float) -> Iterable[tuple[int, int, int]]:
     """The lanes in which events due before `until` have not come: lane, first place, place after the last."""
     for lane, dues in track.expected.dues.items():
-        start = track.nexts.get(lane, -1)
-        start = bisect_right(dues, track.since) if start < 0 else start
+        start = max(track.nexts.get(lane, 0), bisect_right(dues, track.since))
         stop = bisect_left(dues, until)
         if start < stop:
             yield lane, start, stop
