@@ -70,20 +70,27 @@ class Idle(gevent.Timeout):  # type: ignore[misc]
 
     def __enter__(self) -> Any:
         self._greenlet = gevent.getcurrent()
+        self._waits = True
         self._waiting[self] = time.monotonic()
         return super().__enter__()
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> Any:
+        self._waits = False
         self._waiting.pop(self, None)
         return super().__exit__(kind, value, trace)
 
-    def end(self) -> None:
-        """Unless the request has come: then it is answered. Atomic: no switch."""
+    def end(self) -> bool:
+        """Unless the request has come: then it is answered; whether it ends. Atomic: no switch."""
         client = self._greenlet.client
         if isinstance(client, Client) and client.has_unread():
-            return
-        if self._waiting.pop(self, None) is not None:
-            gevent.kill(self._greenlet, self)  # does not wait
+            return False
+        self._waiting.pop(self, None)
+        gevent.get_hub().loop.run_callback(self._throw)
+        return True
+
+    def _throw(self) -> None:
+        if self._waits:
+            self._greenlet.throw(self)
 
     __hash__ = object.__hash__
 
@@ -155,7 +162,7 @@ class PushWorker(GeventWorker):  # type: ignore[misc]
         """Requests on a connection, gunicorn's way, to its end."""
         gevent.getcurrent().client = client
         if self._idle and any(server.full() for server in self._servers):
-            next(iter(self._idle)).end()  # the longest idle makes room
+            next((True for idle in list(self._idle) if idle.end()), None)  # the longest idle makes room
         if self.cfg.is_ssl:
             client = self._ssl.wrap_socket(client, server_side=True, do_handshake_on_connect=False)
         self.handle(endpoint, client, address)

@@ -1,13 +1,14 @@
 """Listening sockets and connections that are closed so that no client is reset that has asked for something."""
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gevent
 import pytest
-from gevent import select
+from gevent import monkey, select
 from gevent import socket as sockets
+from gevent.event import Event
 
 from pushsvc import listener as listeners
 from pushsvc.listener import Client, Endpoint, Listener, Raw
@@ -92,6 +93,85 @@ def test_quiesce_of_a_unix_socket_changes_nothing(tmp_path: Path) -> None:
     assert client.recv(10) == b"here"
     client.close()
     server.close()
+
+
+# --- Greenlets -------------------------------------------------------------------------------------------
+
+
+class Served:
+    """A listener that notes in which greenlet each connection was served; `serve` is what it does with each."""
+
+    def __init__(self, serve: Callable[[bytes], None]) -> None:
+        self.by: dict[bytes, object] = {}
+        self._serve = serve
+        sock = sockets.socket()
+        sock.bind(("127.0.0.1", 0))
+        sock.listen(64)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 10)
+        self.address = sock.getsockname()
+        self.listener = Listener(sock, self._note, most=64)
+
+    def _note(self, raw: Raw, address: object) -> None:
+        name = raw.first_bytes()
+        self.by[name] = gevent.getcurrent()
+        self._serve(name)
+        raw.sendall(name)
+
+    def answers(self, count: int) -> list[bytes]:
+        """What so many connections get that are all made before the first is served."""
+        clients = [sockets.create_connection(self.address) for _ in range(count)]
+        for number, client in enumerate(clients):
+            client.sendall(b"%d" % number)
+        self.listener.start()
+        with gevent.Timeout(PATIENCE):
+            found = [client.recv(10) for client in clients]
+        for client in clients:
+            client.close()
+        eventually(lambda: not self.listener.serving)
+        self.listener.close()
+        return found
+
+
+NAMES = [b"%d" % number for number in range(20)]
+
+
+def test_connections_that_are_there_at_once_share_a_greenlet() -> None:
+    served = Served(lambda name: None)
+    assert served.answers(20) == NAMES
+    assert len(set(served.by.values())) < 10
+
+
+def test_connection_that_waits_holds_up_no_other() -> None:
+    others = Event()
+
+    def serve(name: bytes) -> None:
+        if name == b"0":
+            others.wait()
+        elif len(served.by) == 20:
+            others.set()
+
+    served = Served(serve)
+    assert served.answers(20) == NAMES
+
+
+def test_connection_that_keeps_the_loop_busy_is_not_followed_by_others_in_one_turn() -> None:
+    """So timers and the other sockets come in between."""
+    ticks: list[int] = []
+    busy = monkey.get_original("time", "sleep")
+    served = Served(lambda name: busy(0.003))
+    ticking = gevent.spawn(lambda: [(gevent.sleep(0.001), ticks.append(len(served.by))) for _ in range(200)])
+    assert served.answers(20) == NAMES
+    ticking.kill()
+    assert len({count for count in ticks if 0 < count < 20}) > 3, ticks
+
+
+def test_error_while_one_connection_is_served_does_not_reach_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    def serve(name: bytes) -> None:
+        if name == b"3":
+            raise ValueError("a fault")
+
+    assert Served(serve).answers(20) == [name if name != b"3" else b"" for name in NAMES]
+    assert "a fault" in capsys.readouterr().err
 
 
 # --- The end of a connection -----------------------------------------------------------------------------
