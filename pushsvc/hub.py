@@ -34,6 +34,7 @@ SLICE_SECONDS = 0.001  # how long a fan-out runs before it gives way; a publish 
 TURN_STREAMS = 32  # how many streams of a large group between two looks at the clock
 SMALL_GROUP = 64  # groups up to this size go before larger ones
 TICK_SECONDS = 0.25
+LOOK_STREAMS = 200  # streams between two looks at memory, in a storm: a few MB with what the kernel takes
 DRAIN_PER_SECOND = 500  # a worker with few streams drains faster than the window
 YIELD_SECONDS = 0.00001  # a timer, not sleep(0): the loop polls its sockets in between
 
@@ -57,7 +58,7 @@ class Lot(Protocol):
 class Hub:
     """`start()` begins to serve, with the broker that it then hears from. Clocks come in: `clock` for spans (seconds),
     `wall` for the tokens' times (seconds since 1970). `is_short`: whether there is no memory for further streams; asked
-    once a second."""
+    once a second, and more often while many open."""
 
     def __init__(self, settings: Settings, metrics: Metrics, *, clock: Callable[[], float] = time.monotonic,
                  wall: Callable[[], float] = time.time, is_short: Callable[[], bool] = lambda: False) -> None:
@@ -69,6 +70,7 @@ class Hub:
         self.draining = False
         self.short_of_memory = False
         self._is_short = is_short
+        self._taken = 0  # streams since memory was last looked at
         self.lot: Lot | None = None  # set by the worker that parks
         self.recorder: Recorder | None = None  # set where the traffic's shape is recorded
         self.now = clock()
@@ -160,6 +162,9 @@ class Hub:
 
     def is_full(self) -> bool:
         """Whether a further stream has no place here: a bound is reached, or the worker drains."""
+        self._taken += 1
+        if self._taken > LOOK_STREAMS:
+            self._look_at_memory()
         most = self.settings.max_streams
         return self.draining or self.short_of_memory or (most > 0 and len(self._subscriptions) >= most)
 
@@ -362,6 +367,7 @@ class Hub:
             self.flush()
 
     def _look_at_memory(self) -> None:
+        self._taken = 0
         if self._is_short() != self.short_of_memory:
             self.short_of_memory = not self.short_of_memory
             message = "short of memory" if self.short_of_memory else "memory recovered"

@@ -1,6 +1,6 @@
 """Whether there is memory for further streams: the bound that was set, or the limits of the control groups around us.
 
-Used by every worker once a second, before the kernel has to end one.
+Asked by every worker once a second and while streams open, before the kernel has to end one.
 """
 
 from __future__ import annotations

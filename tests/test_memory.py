@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pushsvc.hub import Hub
+from pushsvc.hub import LOOK_STREAMS, Hub
 from pushsvc.memory import memory_check
 from pushsvc.metrics import Metrics
 from pushsvc.settings import Settings
@@ -124,6 +124,14 @@ def test_hub_is_full_while_memory_is_short_and_takes_streams_again_after() -> No
     short[0] = False
     hub._look_at_memory()
     assert not hub.is_full()
+
+
+def test_storm_is_refused_before_the_second_is_over() -> None:
+    short: list[bool] = []
+    hub = Hub(Settings(), Metrics(), is_short=lambda: bool(short))
+    assert not any(hub.is_full() for _ in range(1000))
+    short.append(True)
+    assert [hub.is_full() for _ in range(1000)].index(True) <= LOOK_STREAMS
 
 
 def test_worker_without_memory_refuses_streams_softly_and_goes_on_otherwise(tmp_path: Path) -> None:
