@@ -9,6 +9,8 @@ from pushsvc.event import KEEP_ALL, Event
 from pushsvc.mailbox import Letter, replaces
 from pushsvc.position import Position
 
+MANY = 16  # topics of a stream, from which on a set of them is quicker to look at
+
 
 class Wire:
     """An event and its frames, each wire form encoded once."""
@@ -29,7 +31,8 @@ class Wire:
 
     def letter_for(self, topics: Sequence[str]) -> Letter:
         """The envelope form for a stream of `topics`: it names the first of the event's that is among them."""
-        topic = next(topic for topic in self.event.topics if topic in topics)
+        among = topics if len(self.event.topics) == 1 or len(topics) < MANY else frozenset(topics)
+        topic = next(topic for topic in self.event.topics if topic in among)
         if topic not in self._envelopes:
             self._envelopes[topic] = self._letter(sse.encode_envelope(self.event, self.epoch, topic))
         return self._envelopes[topic]

@@ -31,6 +31,7 @@ from pushsvc.subscription import Group, State, Subscription
 from pushsvc.wheel import Wheel
 
 SLICE_SECONDS = 0.001  # how long a fan-out runs before it gives way; a publish waits for a few of them
+MOST_INCOMING, MOST_INCOMING_BYTES = 10_000, 16 << 20  # events that wait to be noted; then their broker waits for them
 TURN_STREAMS = 32  # how many streams of a large group between two looks at the clock
 SMALL_GROUP = 64  # groups up to this size go before larger ones
 TICK_SECONDS = 0.25
@@ -78,6 +79,8 @@ class Hub:
         self._groups: tuple[dict[tuple[str, ...], Group], ...] = ({}, {})  # plain, envelope
         self._subscriptions: set[Subscription] = set()
         self._naming = 0
+        self._incoming: deque[tuple[Wire, Bundle]] = deque()  # handed over, and not noted for its groups yet
+        self._incoming_bytes = 0
         self._small: deque[Group] = deque()
         self._large: deque[Iterator[int]] = deque()
         self._pending = Signal()
@@ -196,6 +199,8 @@ class Hub:
         if self.epoch:
             logger.warning("log interrupted", extra={"position": str(position), "streams": len(self)})
             self.evict(self._subscriptions, LOST)
+        self._incoming.clear()
+        self._incoming_bytes = 0
         for groups in self._groups:
             for group in groups.values():
                 group.pending = None
@@ -204,6 +209,8 @@ class Hub:
     def _tell_gap(self, since: Position, position: Position) -> None:
         logger.warning("gap", extra={"since": str(since), "position": str(position), "streams": len(self)})
         reason = TRIMMED if since.epoch == position.epoch else EPOCH
+        while self._incoming:  # what came before the gap is told before it
+            self._note_next()
         self.epoch = position.epoch
         wire, root = GapWire(since, position, reason, self.wall()), Bundle()
         for groups in self._groups:
@@ -212,18 +219,33 @@ class Hub:
         self._pending.set()
 
     def deliver(self, events: Sequence[Event]) -> None:
-        """Note for every group what is pending, and wake the fan-out. Atomic: no switch."""
+        """Take events over, and wake the fan-out. Atomic: no switch."""
         self.metrics.counts.received += len(events)
         if self.recorder is not None:
             self.recorder.delivered(events, self._topics)
         root = Bundle()
         for event in events:
-            wire = Wire(event, self.epoch)
-            for topic in event.topics:
-                for group in self._topics.get(topic, ()):
-                    self._note(group, root, wire)
-        if self._small or self._large:
+            if any(topic in self._topics for topic in event.topics):
+                self._incoming.append((Wire(event, self.epoch), root))
+                self._incoming_bytes += len(event.data)
+        while len(self._incoming) > MOST_INCOMING or self._incoming_bytes > MOST_INCOMING_BYTES:
+            self._note_next()
+        if self._incoming or self._small or self._large:
             self._pending.set()
+
+    def _note_some(self, until: float) -> None:
+        """Note events for their groups, one at least, until there are none or the slice ends. Atomic: no switch."""
+        self._note_next()
+        while self._incoming and self.clock() < until:
+            self._note_next()
+
+    def _note_next(self) -> None:
+        """Note what is pending for every group of the next event."""
+        wire, root = self._incoming.popleft()
+        self._incoming_bytes -= len(wire.event.data)
+        for topic in wire.event.topics:
+            for group in self._topics.get(topic, ()):
+                self._note(group, root, wire)
 
     def _note(self, group: Group, root: Bundle, wire: Wire) -> None:
         pending = group.pending
@@ -244,13 +266,15 @@ class Hub:
     # -- the fan-out
 
     def _fan_out(self) -> None:
-        """Serve the groups that have something pending: small ones first, large ones in turns, and give way to the
-        loop every few milliseconds. Switches."""
+        """Note events for their groups, and serve those that have something pending: small ones first, large ones in
+        turns; and give way to the loop every few milliseconds. Switches."""
         while True:
             self._pending.wait()
             self._pending.clear()
             until = self.clock() + SLICE_SECONDS
-            while self._small or self._large:
+            while self._incoming or self._small or self._large:
+                if self._incoming:
+                    self._note_some(until)
                 if self._small:
                     self._serve_small(until)
                 if self._large:
@@ -376,7 +400,7 @@ class Hub:
     def flush(self) -> None:
         """Give the present figures to the metrics. Atomic: no switch."""
         depths = self._broker.depths() if self._broker else {}
-        queues = {"fan_out": len(self._small) + len(self._large), **depths,
+        queues = {"fan_out": len(self._incoming) + len(self._small) + len(self._large), **depths,
                   "behind": self.lot.behind if self.lot is not None else 0}
         self.metrics.gauge(len(self._subscriptions), self._naming, len(self._topics), queues)
         self.metrics.flush()

@@ -51,12 +51,14 @@ class Mailbox(SimpleQueue):  # type: ignore[misc]
     def _peek(self) -> None:
         return None
 
-    def offer(self, letter: Letter) -> bool:
-        """Add `letter`; False if it does not fit, and then the mailbox is as it was but for `none`. Atomic: no switch."""
-        if letter.same is not None and (older := self.latest.pop(letter.same, None)) is not None:
-            self._drop(older)
-        if not self._make_room(len(letter.frame)):
+    def offer(self, letter: Letter, whole: bool = False) -> bool:
+        """Add `letter`; False if it does not fit, and then the mailbox is as it was, but for passing ones that have made
+        room. `whole`: it belongs to what an empty mailbox is given at once, and fits. Atomic: no switch."""
+        older = self.queue.get(self.latest.get(letter.same)) if letter.same is not None else None
+        if not self._make_room(letter, older, whole and letter.keep != KEEP_NONE):
             return letter.keep == KEEP_NONE
+        if older is not None:
+            self._drop(older)
         if letter.same is not None:
             self.latest[letter.same] = letter.seq
         self.bytes += len(letter.frame)
@@ -88,25 +90,27 @@ class Mailbox(SimpleQueue):  # type: ignore[misc]
         self.nudged = True
         self.put(None, block=False)
 
-    def _make_room(self, size: int) -> bool:
-        if self._has_room(size):
+    def _make_room(self, letter: Letter, older: Letter | None, whole: bool) -> bool:
+        """Room for `letter` in the place of `older`."""
+        if self._has_room(letter, older, whole):
             return True
-        for letter in [letter for letter in self.queue.values() if letter.keep == KEEP_NONE]:
-            self._drop(letter.seq)
-            if letter.same is not None:
-                self.latest.pop(letter.same, None)
-            if self._has_room(size):
+        for passing in [each for each in self.queue.values() if each.keep == KEEP_NONE and each is not older]:
+            self._drop(passing)
+            if self._has_room(letter, older, whole):
                 return True
         return False
 
-    def _has_room(self, size: int) -> bool:
+    def _has_room(self, letter: Letter, older: Letter | None, whole: bool) -> bool:
         # One letter larger than the bound still goes through an empty mailbox: else such an event could never arrive.
-        return not self.queue or (len(self.queue) < self.most_events and self.bytes + size <= self.most_bytes)
+        others = len(self.queue) - (older is not None)
+        size = self.bytes + len(letter.frame) - (len(older.frame) if older is not None else 0)
+        return not others or ((whole or others < self.most_events) and size <= self.most_bytes)
 
-    def _drop(self, seq: int) -> None:
-        letter = self.queue.pop(seq, None)
-        if letter is not None:
-            self.bytes -= len(letter.frame)
+    def _drop(self, letter: Letter) -> None:
+        del self.queue[letter.seq]
+        self.bytes -= len(letter.frame)
+        if letter.same is not None:
+            self.latest.pop(letter.same, None)
 
 
 def replaces(event_topics: tuple[str, ...], key: str, keep: str) -> tuple[object, ...] | None:

@@ -177,6 +177,9 @@ class ParkingLot:
         """Lend a greenlet to a stream whose socket is full. Atomic: no switch."""
         subscription.state = State.BEHIND
         subscription.mailbox = Mailbox(self._settings.mailbox_events, self._settings.mailbox_bytes)
+        self._lend(subscription, rest)
+
+    def _lend(self, subscription: Subscription, rest: memoryview) -> None:
         greenlet = gevent.Greenlet(self._catch_up, subscription, rest)
         self._behind[subscription] = greenlet
         greenlet.rawlink(partial(self._on_caught_up, subscription))
@@ -215,12 +218,13 @@ class ParkingLot:
     def _on_caught_up(self, subscription: Subscription, greenlet: gevent.Greenlet) -> None:
         """The greenlet of a stream that was behind has ended: back to the parked, or out."""
         del self._behind[subscription]
-        if subscription.state is State.BEHIND and greenlet.value is True:
-            if data := subscription.take_waiting(self._hub.now):  # something came since its last look
-                self._fall_behind(subscription, memoryview(sse.chunk(data)))
-            else:
+        if greenlet.value is True and subscription.reason not in (GONE, SLOW):
+            if rest := self._next(subscription):  # something came since its last look, or it was closed
+                self._lend(subscription, memoryview(rest))
+                return
+            if subscription.state is State.BEHIND:
                 self._rest(subscription)
-            return
+                return
         self._hub.close(subscription, GONE)
         self._release(subscription)
 
@@ -231,6 +235,7 @@ class ParkingLot:
             subscription = self._streams.get(fd)
             if subscription is not None:
                 self._hub.close(subscription, GONE)
+                self.break_off(subscription)  # it may have been closed already, and its farewell has nobody to go to
 
     def _release(self, subscription: Subscription) -> None:
         """Close the descriptor and forget the stream: the one place that does. Idempotent. Atomic: no switch."""

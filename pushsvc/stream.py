@@ -62,7 +62,8 @@ class Stream:
             self.subscription.cursor = after
             stands_at = "" if lost or self.asked == EARLIEST else str(Position(head.epoch, after))
             yield sse.head(self.hub.settings.retry_ms, stands_at)
-            if self.asked and not (yield from self._replay(head.epoch, lost)):
+            # What came while the head was sent may be more than the mailbox holds: then it is read from history.
+            if (self.asked or self.subscription.overflowed) and not (yield from self._replay(head.epoch, lost)):
                 return False
         except BrokerUnavailable:
             # Any answer but 200 ends an EventSource for good: this one comes back.

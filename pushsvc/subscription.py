@@ -69,12 +69,14 @@ class Subscription:
     def offer(self, letters: list[Letter]) -> bool:
         """Put what is after the cursor into the mailbox; False if the stream is too slow. Atomic: no switch.
 
-        A stream that still replays reads what does not fit from history instead: it is told by `overflowed`.
+        An empty mailbox takes more than it has places for: its stream has had no chance to take a part. A stream that
+        still replays reads what does not fit from history instead: it is told by `overflowed`.
         """
         mailbox = self.mailbox
         assert mailbox is not None, "a parked stream is written to"
+        whole = not mailbox.queue and self.state is not State.OPENING
         for letter in letters:
-            if letter.seq > self.cursor and not self.overflowed and not mailbox.offer(letter):
+            if letter.seq > self.cursor and not self.overflowed and not mailbox.offer(letter, whole):
                 if self.state is not State.OPENING:
                     return False
                 mailbox.clear()

@@ -2,6 +2,7 @@
 
 import gc
 import random
+import re
 import time
 import weakref
 from collections import Counter
@@ -11,6 +12,7 @@ from typing import Any
 import gevent
 import pytest
 
+from pushsvc import hub
 from pushsvc.brokers.base import Broker, Deliver, Page, Reset
 from pushsvc.event import Draft, Event
 from pushsvc.hub import DRAIN, EXPIRED, GONE, LOST, ROTATE, SLICE_SECONDS, SLOW, SMALL_GROUP, Hub
@@ -132,7 +134,7 @@ class Bench:
 
     def is_idle(self) -> bool:
         """Whether the fan-out has served all."""
-        return not self.hub._small and not self.hub._large
+        return not self.hub._incoming and not self.hub._small and not self.hub._large
 
     def settle(self) -> None:
         eventually(self.is_idle, 60, message="the fan-out comes to its end")
@@ -264,6 +266,25 @@ def test_a_stream_that_replays_is_not_too_slow_but_reads_history_again(bench: Ca
     assert seqs(stream) == [11]
 
 
+def test_burst_larger_than_its_mailbox_closes_no_stream_that_had_taken_all(bench: Callable[..., Bench]) -> None:
+    here = bench(mailbox_events=5)
+    quick = here.stream("a")
+    here.broker.deliver([here.broker.event("a") for _ in range(12)])
+    here.settle()
+    assert (quick.state, seqs(quick)) == (State.BEHIND, list(range(1, 13)))
+    here.broker.say("a")
+    here.settle()
+    assert quick.reason == SLOW
+
+
+def test_burst_of_more_bytes_than_its_mailbox_has_still_does(bench: Callable[..., Bench]) -> None:
+    here = bench(mailbox_bytes=2048)
+    stream = here.stream("a")
+    here.broker.deliver([here.broker.event("a", data="x" * 1000) for _ in range(4)])
+    here.settle()
+    assert stream.reason == SLOW
+
+
 def test_passing_events_close_nobody(bench: Callable[..., Bench]) -> None:
     here = bench(mailbox_events=5)
     stream = here.stream("a")
@@ -323,6 +344,56 @@ def test_many_small_groups_keep_no_timer_waiting_either(bench: Callable[..., Ben
     here.settle()
     assert here.notes.count("user") == 2000
     assert here.notes.index("timer") < 1000
+
+
+def test_many_events_for_many_groups_keep_no_timer_waiting(bench: Callable[..., Bench]) -> None:
+    """Each stream with topics of its own is a group, and each event is noted for each of them."""
+    here = bench(Clock(0.0, STEP))
+    streams = [here.noted("user", "all", f"user-{number}") for number in range(100)]
+    left: list[int] = []
+
+    def look() -> None:
+        left.append(len(here.hub._incoming))
+        if left[-1]:
+            gevent.spawn_later(0.00001, look)
+
+    gevent.spawn_later(0.00001, look)
+    here.broker.deliver([here.broker.event("all") for _ in range(200)])
+    here.settle()
+    assert len(set(left)) > 20, left
+    assert all(stream.seqs == list(range(1, 201)) for stream in streams)
+
+
+def test_what_waits_to_be_noted_is_bounded(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "MOST_INCOMING", 50)
+    monkeypatch.setattr(hub, "MOST_INCOMING_BYTES", 10_000)
+    here = bench()
+    stream = here.noted("a", "a")
+    for size, most in ((1, 50), (1000, 10)):
+        here.broker.deliver([here.broker.event("a", data="x" * size) for _ in range(200)])
+        assert len(here.hub._incoming) == most
+    here.settle()
+    assert stream.seqs == list(range(1, 401))
+    assert here.hub._incoming_bytes == 0
+
+
+def test_what_nobody_has_asked_for_does_not_wait(bench: Callable[..., Bench]) -> None:
+    here = bench()
+    here.stream("a")
+    here.broker.deliver([here.broker.event("b"), here.broker.event("a")])
+    assert len(here.hub._incoming) == 1
+
+
+def test_gap_comes_behind_what_was_handed_over_before_it(bench: Callable[..., Bench]) -> None:
+    here = bench()
+    stream = here.stream("a")
+    here.broker.say("a")
+    here.broker.reset(Position("18bcfe56900", 7), Position(EPOCH, 1))
+    here.broker.seq = 7
+    here.broker.say("a")
+    here.settle()
+    assert seqs(stream) == [1, 7, 8]
+    assert re.findall("id: (.*)", taken(stream)) == [f"{EPOCH}-1", "18bcfe56900-7", "18bcfe56900-8"]
 
 
 def test_large_groups_take_turns(bench: Callable[..., Bench]) -> None:
@@ -444,10 +515,10 @@ def test_a_reset_in_the_middle_of_a_broadcast_keeps_the_old_from_those_who_come_
 
 
 def test_the_first_reset_is_the_beginning_and_ends_nobody(bench: Callable[..., Bench]) -> None:
-    hub = Hub(Settings(), Metrics())
-    subscription = hub.subscribe(["a"], False)
-    hub.attach(subscription)
-    hub.reset(Position(EPOCH, 0))
+    fresh = Hub(Settings(), Metrics())
+    subscription = fresh.subscribe(["a"], False)
+    fresh.attach(subscription)
+    fresh.reset(Position(EPOCH, 0))
     assert subscription.state is State.OPENING
 
 

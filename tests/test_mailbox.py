@@ -46,6 +46,14 @@ FULL = {
                                    [1, 2]),
     "the newer latest takes the place of the older": ([letter(1, "latest", "k"), letter(2), letter(3, "latest", "k")],
                                                       (2, 100), True, [2, 3]),
+    "an older none stays if the newer finds no place": ([letter(1, "none", "k", 10), letter(2, size=80),
+                                                        letter(3, "none", "k", 30)], (10, 100), True, [1, 2]),
+    "so does an older latest": ([letter(1, "latest", "k", 10), letter(2, size=80), letter(3, "latest", "k", 30)],
+                                (10, 100), False, [1, 2]),
+    "one larger than the bound in the place of the only one": ([letter(1, "latest", "k"), letter(2, "latest", "k", 500)],
+                                                               (10, 100), True, [2]),
+    "the newer latest of a full mailbox": ([letter(1, "latest", "k"), letter(2), letter(3, "latest", "k")], (2, 100),
+                                           True, [2, 3]),
     "and its bytes": ([letter(1, "latest", "k", 90), letter(2, "latest", "k", 95)], (10, 100), True, [2]),
 }
 
