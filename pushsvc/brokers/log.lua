@@ -3,7 +3,7 @@
 --   P log      HASH    epoch, seq: the position of the newest event; run: the server's life in which the epoch began;
 --                      start: the sequence that the epoch began after; at: when the newest event was published; events, age, window: what retention and idempotency
 --                      ask (events per topic, ms, s); cut: newest sequence that is too old for history; check: when
---                      the newest entry of P ages was made; due: when the oldest one is due; swept: how far idle
+--                      the newest entry of P ages was made; due: when the oldest one is due, 0: never; swept: how far idle
 --                      topics have been swept; floor: newest sequence whose mark P lost has forgotten
 --   P past     HASH    earlier epoch -> the sequence at which it ended; numbers go on through all epochs
 --   P ages     LIST    "SEQ AT", oldest first: events up to SEQ were published at AT (ms) or before
@@ -33,6 +33,12 @@ end
 local function clock()
   local now = redis.call('TIME')
   return tonumber(now[1]) * 1000 + math.floor(tonumber(now[2]) / 1000)
+end
+
+-- A command that is the first to write, also in a full Redis: one lets a script end that has begun to take away.
+local function write(...)
+  redis.call('DEL', P .. 'none')
+  return redis.call(...)
 end
 
 local function open_log()
@@ -74,7 +80,7 @@ local function advance(log, now)
   else
     return
   end
-  redis.call('HSET', LOG, 'cut', text(log.cut), 'due', text(log.due))
+  write('HSET', LOG, 'cut', text(log.cut), 'due', text(log.due))
 end
 
 -- What an entry of a topic's history leaves behind when it goes: its share of an event of several topics, and its key.

@@ -1,6 +1,7 @@
 -- What every connection does first: take part in the present epoch, or begin the next.
 -- An epoch ends with the life of the server that it began in: a server that was restarted, or that became master, may
--- have lost the newest events, and their numbers must not be given again.
+-- have lost the newest events, and their numbers must not be given again. One whose sequence has gone back within one
+-- life, as a master does that follows another for a while, has lost them too.
 -- ARGV: the server's run id; the epoch and the newest sequence that the caller knows of, or empty; what retention and
 -- idempotency ask: events, age, window, or nothing to leave them. Returns EPOCH, SEQ, the
 -- sequence that the epoch began after, which no event has, and the earlier epochs.
@@ -11,10 +12,10 @@ local DEFAULTS = {events = 10000, age = 86400000, window = 86400}
 
 local state = redis.call('HMGET', LOG, 'epoch', 'seq', 'run', 'start')
 local epoch, seq, start = state[1], tonumber(state[2] or 0), tonumber(state[4] or 0)
-if state[3] ~= run then
+if state[3] ~= run or (known == epoch and newest > seq) then
   local began = clock()
   if epoch then
-    redis.call('HSET', P .. 'past', epoch, text(seq))
+    write('HSET', P .. 'past', epoch, text(seq))
     began = math.max(began, tonumber(epoch, 16) + 1)
   end
   if known ~= '' and known ~= epoch then
@@ -24,17 +25,20 @@ if state[3] ~= run then
     seq = math.max(seq, newest) + STRIDE
   end
   epoch, start = string.format('%011x', began), seq
-  redis.call('HSET', LOG, 'epoch', epoch, 'seq', text(seq), 'run', run, 'start', text(seq))
+  write('HSET', LOG, 'epoch', epoch, 'seq', text(seq), 'run', run, 'start', text(seq))
 end
 -- The caller's log may be one that this server has lost: then this one follows it if its numbers do.
 if known ~= '' and known ~= epoch and newest < start then
-  redis.call('HSETNX', P .. 'past', known, text(newest))
+  write('HSETNX', P .. 'past', known, text(newest))
 end
 for place, name in ipairs({'events', 'age', 'window'}) do
   local set = redis.call('HGET', LOG, name)
   local wanted = ARGV[3 + place] or set or tostring(DEFAULTS[name])
-  if wanted ~= set then -- a full server lets itself be read, but not written
-    redis.call('HSET', LOG, name, wanted)
+  if wanted ~= set then
+    write('HSET', LOG, name, wanted)
+    if name == 'age' then
+      redis.call('HSET', LOG, 'due', 1) -- to be worked out anew
+    end
   end
 end
 return {epoch, text(seq), text(start), redis.call('HKEYS', P .. 'past')}

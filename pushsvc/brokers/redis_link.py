@@ -27,7 +27,7 @@ from pushsvc.settings import REDIS, hide
 
 CONNECT_SECONDS = 2.0
 SENTINEL_PORT = 26379
-SCRIPTS = ("publish", "history", "open")
+SCRIPTS = ("publish", "history", "open", "burn")
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
 _RUN_ID = re.compile(r"^run_id:(\w+)", re.M)
 _ROLE = re.compile(r"^role:(\w+)", re.M)
@@ -148,7 +148,7 @@ class Link:
             for name, text in self._scripts.texts.items():
                 self._scripts.digests[name] = self.call("SCRIPT", "LOAD", text).decode()
             reply = self.call(*self.script("open", run[1], epoch, newest, *self._limits))
-        except Refused:
+        except BaseException:
             self.close()
             raise
         self.epoch, self.start = reply[0].decode(), int(reply[2])
@@ -188,8 +188,12 @@ class Link:
     def exchange(self, commands: Sequence[Arguments]) -> list[Any]:
         """Send commands in one go and return their replies, a Refused for each that was refused. Raises OSError: what
         became of them is not known. Switches."""
-        self.send(commands)
-        return [self._reply() for _ in commands]
+        try:
+            self.send(commands)
+            return [self._reply() for _ in commands]
+        except BaseException:  # also the caller's own timeout: a reply that comes later would be taken for the next one's
+            self.close()
+            raise
 
     def send(self, commands: Iterable[Arguments]) -> None:
         """Raises OSError. Switches."""
@@ -198,6 +202,9 @@ class Link:
             connection.send_packed_command(connection.pack_commands(commands), check_health=False)
         except (RedisError, OSError) as error:
             raise self._broken(error) from error
+        except BaseException:  # a part of them may be out
+            self.close()
+            raise
 
     def receive(self, seconds: float) -> Any:
         """The next reply or message; None if none comes in time. Raises OSError. Switches."""
@@ -208,6 +215,9 @@ class Link:
             return None
         except (RedisError, OSError) as error:
             raise self._broken(error) from error
+        except BaseException:  # a part of it may have been read
+            self.close()
+            raise
 
     def has_more(self) -> bool:
         """Whether something has come already. Raises OSError."""
