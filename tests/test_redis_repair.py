@@ -1,7 +1,8 @@
-"""The Redis broker when its connection joins again: what is lost is told however that goes, and what it costs is bound."""
+"""The Redis broker when it joins the log again: what is lost is told however that goes, and what it costs is bound."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import gevent
 import pytest
 from gevent.event import Event as Signal
 
+from pushsvc.brokers import redis_reader
 from pushsvc.errors import BrokerUnavailable
+from pushsvc.event import Draft
 from pushsvc.publisher import Publisher
 from tests.support.brokers import Side, data, put
 from tests.support.fire import seq_of
@@ -79,6 +82,146 @@ def connect_anew(side: Side, server: Redis) -> None:
 def texts(*numbers: int) -> list[dict[str, Any]]:
     """A batch to the topic a."""
     return [{"topic": "a", "data": str(number)} for number in numbers]
+
+
+# --- what is lost is told
+
+
+def test_publishes_do_not_break_off_a_reader_that_joins(server: Redis, opened: Open) -> None:
+    side = opened(server)
+    put(side, "old")
+    side.heard(1)
+    reader = reader_of(side)
+    subscribe, joins, may_go = reader._subscribe_all, [], Signal()
+
+    def subscribe_late() -> Any:
+        joins.append(reader._link.epoch)
+        may_go.wait()
+        return subscribe()
+
+    reader._subscribe_all = subscribe_late
+    server.kill()
+    server.start()
+    eventually(lambda: joins, TIMEOUT)
+    new = eventually(lambda: put(side, "new"), TIMEOUT)
+    may_go.set()
+    eventually(lambda: data(side) == ["old", "new"], TIMEOUT)
+    assert joins == [new.epoch]
+
+
+def test_a_gap_is_told_also_when_the_repair_that_found_it_breaks_off(
+        server: Redis, opened: Open, publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_reader, "MOST_TOGETHER", 5)
+    side = opened(server, history_events=20)
+    first = put(side, "first")
+    side.heard(1)
+    line, pages = line_of(side), []
+    ask = line.ask
+
+    def fail_at_the_second_page(script: str, *arguments: Any, **options: Any) -> Any:
+        if script == "history":
+            pages.append(arguments)
+            if len(pages) == 2:
+                raise BrokerUnavailable("once")
+        return ask(script, *arguments, **options)
+
+    with away(side, server):
+        publisher.publish_batch(texts(*range(30)))
+        line.ask = fail_at_the_second_page
+    eventually(lambda: len(side.events) == 21 and reader_of(side)._live, TIMEOUT)
+    assert data(side) == ["first", *map(str, range(10, 30))]
+    (since, goes_on), = side.gaps
+    assert since == first
+    assert goes_on.seq > side.events[-1].seq
+
+
+def test_a_gap_is_told_also_when_its_position_cannot_be_had_at_first(
+        server: Redis, opened: Open, publisher: Publisher) -> None:
+    side = opened(server, history_events=20)
+    first = put(side, "first")
+    side.heard(1)
+    reader, failures = reader_of(side), [BrokerUnavailable("once")]
+    burn = reader._burn
+
+    def fail_once() -> int:
+        if failures:
+            raise failures.pop()
+        return burn()
+
+    reader._burn = fail_once
+    with away(side, server):
+        publisher.publish_batch(texts(*range(30)))
+    eventually(lambda: reader._live, TIMEOUT)
+    assert not failures
+    assert [since for since, _ in side.gaps] == [first]
+
+
+def test_a_gap_is_told_also_by_a_full_server(
+        server: Redis, opened: Open, publisher: Publisher, client: Any) -> None:
+    side = opened(server, history_events=20)
+    first = put(side, "first")
+    side.heard(1)
+    with away(side, server):
+        publisher.publish_batch(texts(*range(30)))
+        client.config_set("maxmemory", "1mb")
+    eventually(side.broker.head, TIMEOUT)
+    assert [since for since, _ in side.gaps] == [first]
+    assert len(side.events) == 21
+
+
+def test_after_a_lost_end_of_the_log_one_gap_is_told_and_no_second(server: Redis, opened: Open, client: Any) -> None:
+    side = opened(server)
+    first, last = put(side, "first"), put(side, "in the end that is lost")
+    side.heard(2)
+    client.xdel("pushsvc:t:a", f"{last.seq}-0")
+    client.zadd("pushsvc:last", {"a": first.seq})
+    client.hset("pushsvc:log", mapping={"seq": first.seq, "run": "another"})
+    connect_anew(side, server)
+    eventually(lambda: side.gaps, TIMEOUT)
+    eventually(lambda: put(side, "next"), TIMEOUT)
+    side.heard(3)
+    side.broker.head()
+    assert [since for since, _ in side.gaps] == [last]
+    assert data(side)[2:] == ["next"]
+
+
+def test_an_event_of_many_topics_that_is_trimmed_before_it_is_fetched_is_told(
+        server: Redis, opened: Open, publisher: Publisher) -> None:
+    side = opened(server, history_events=3)
+    put(side, "0")
+    side.heard(1)
+    reader = reader_of(side)
+    fetch = reader._fetch
+
+    def fetch_late(*arguments: Any) -> Any:
+        reader._fetch = fetch
+        for topics in (WIDE[:20], WIDE[20:]):
+            publisher.publish_batch([{"topics": list(topics), "data": "newer"} for _ in range(4)])
+        return fetch(*arguments)
+
+    reader._fetch = fetch_late
+    trimmed, = side.broker.append([Draft(WIDE, "trimmed", keep="latest", key="k")])
+    eventually(lambda: side.gaps, TIMEOUT)
+    (since, goes_on), = side.gaps
+    assert since.seq < trimmed.seq < goes_on.seq
+    assert "trimmed" not in data(side)
+
+
+def test_a_loss_is_told_also_when_it_is_forgotten_of_which_topic(
+        server: Redis, opened: Open, publisher: Publisher, client: Any) -> None:
+    """A topic that nobody publishes to leaves, and of very many marks of loss the oldest become one."""
+    side = opened(server)
+    first = put(side, "first")
+    side.heard(1)
+    with away(side, server):
+        lost = seq_of(publisher.publish("a", "lost"))
+        client.delete("pushsvc:t:a")
+        client.zrem("pushsvc:last", "a")
+        client.hset("pushsvc:log", "floor", lost)
+        publisher.publish("other", "next")
+    eventually(lambda: reader_of(side)._live, TIMEOUT)
+    assert data(side) == ["first"]
+    assert [since for since, _ in side.gaps] == [first]
 
 
 # --- what a server has lost or refuses
@@ -152,3 +295,85 @@ def test_an_answer_that_nobody_has_waited_for_is_not_taken_for_the_next(
     seq = seq_of(publishing.get(timeout=TIMEOUT))
     (_, entry), = client.xrange("pushsvc:t:a", f"{seq}-0", f"{seq}-0")
     assert entry["b"].endswith("\n2")
+
+
+# --- what it costs is bound
+
+
+def test_only_topics_that_are_due_to_be_left_are_looked_at(server: Redis, opened: Open) -> None:
+    looked_at = []
+
+    class Watched(OrderedDict[str, float]):
+        def items(self) -> Any:
+            for item in super().items():
+                looked_at.append(item)
+                yield item
+
+    side = opened(server)
+    reader = reader_of(side)
+    reader._idle = Watched()
+    idle = [f"t{number}" for number in range(100)]
+    side.watch(*idle)
+    side.broker.unwatch(idle)
+    reader._drop_idle()
+    assert len(looked_at) == 1
+
+
+def test_a_topic_that_is_left_again_is_left_later(
+        server: Redis, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    side = opened(server)
+    reader = reader_of(side)
+    side.broker.unwatch(["a", "b"])
+    side.broker.unwatch(["a"])
+    assert list(reader._idle) == ["b", "a"]
+
+
+def test_a_repair_asks_for_each_page_only_topics_that_have_more(
+        server: Redis, opened: Open, publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_reader, "MOST_TOGETHER", 10)
+    side = opened(server)
+    few = [f"few{number}" for number in range(20)]
+    side.watch(*few)
+    line, asked = line_of(side), []
+    ask = line.ask
+
+    def ask_and_note(script: str, *arguments: Any, **options: Any) -> Any:
+        if script == "history":
+            asked.append(arguments[4:])
+        return ask(script, *arguments, **options)
+
+    with away(side, server):
+        publisher.publish_batch([{"topic": topic, "data": topic} for topic in few] + texts(*range(50)))
+        line.ask = ask_and_note
+    side.heard(70)
+    assert data(side) == [*few, *map(str, range(50))]
+    assert len(asked) >= 7
+    assert set(asked[3:]) == {("a",)}
+
+
+def test_a_join_reads_the_confirmations_of_some_topics_before_it_asks_for_more(
+        server: Redis, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_reader, "MOST_TOGETHER", 10)
+    side = opened(server)
+    topics = [f"t{number}" for number in range(100)]
+    side.watch(*topics)
+    link, unread, most = reader_of(side)._link, [0], [0]
+    send, receive = link.send, link.receive
+
+    def send_and_count(commands: Sequence[Sequence[Any]]) -> None:
+        unread[0] += sum(len(command) - 1 for command in commands if command[0] == "SUBSCRIBE")
+        most[0] = max(most[0], unread[0])
+        send(commands)
+
+    def receive_and_count(seconds: float) -> Any:
+        item = receive(seconds)
+        unread[0] -= item is not None and item[0] == b"subscribe"
+        return item
+
+    with away(side, server):
+        link.send, link.receive = send_and_count, receive_and_count
+    eventually(lambda: reader_of(side)._live, TIMEOUT)
+    assert 0 < most[0] <= 10
+    for topic in (topics[0], topics[-1]):
+        put(side, topic, topic)
+    assert [event.data for event in side.heard(2)] == [topics[0], topics[-1]]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from pushsvc.brokers.base import CLOSED, PAGE_BYTES, Broker, Deliver, Page, Reset, page_of
 from pushsvc.brokers.redis_codec import events_of, positions_of, publish_arguments
-from pushsvc.brokers.redis_line import PUBLISH, Line
+from pushsvc.brokers.redis_line import HISTORY, PUBLISH, Line
 from pushsvc.brokers.redis_link import Link, Refused, parse_address
 from pushsvc.brokers.redis_reader import READER, Reader
 from pushsvc.brokers.trouble import Trouble
@@ -56,7 +56,7 @@ class RedisBroker(Broker):
 
     def history(self, topics: Sequence[str], after: int, limit: int) -> Page:
         self._check_open()
-        epoch, missing, more, *entries = self._line.ask("history", after, 0, limit, PAGE_BYTES, *topics)
+        epoch, missing, more, *entries = self._line.ask(HISTORY, after, 0, limit, PAGE_BYTES, *topics)
         self._check_epoch(epoch.decode())
         events, cut = page_of(events_of(entries))
         return Page(events, bool(more) or cut, int(missing) if int(missing) > after else 0)

@@ -18,7 +18,7 @@ from pushsvc.position import Position
 
 MOST_TOGETHER = 256  # requests of one write
 WRITER = "writer"  # the part, as the service's log names it
-PUBLISH = "publish"
+PUBLISH, HISTORY = "publish", "history"
 UNKNOWN = "whether the event is in it is not known"
 
 

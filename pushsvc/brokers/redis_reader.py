@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 
 import gevent
@@ -17,7 +17,7 @@ from gevent.event import Event as Signal
 
 from pushsvc.brokers.base import PAGE_BYTES, Deliver, Reset
 from pushsvc.brokers.redis_codec import Message, event_of, events_of, message_of, names_of
-from pushsvc.brokers.redis_line import Line
+from pushsvc.brokers.redis_line import HISTORY, Line
 from pushsvc.brokers.redis_link import Arguments, Link
 from pushsvc.brokers.trouble import Trouble
 from pushsvc.event import KEEP_LATEST, Event
@@ -55,7 +55,7 @@ class Reader:
         self._deliver = deliver
         self._reset = reset
         self._topics: dict[str, int] = {}  # watched: the newest sequence known of each, or UNKNOWN
-        self._idle: dict[str, float] = {}  # watched no more: since when
+        self._idle: OrderedDict[str, float] = OrderedDict()  # watched no more: since when, the longest first
         self._orders: deque[tuple[str, str]] = deque()
         self._asked = self._confirmed = 0  # how many orders were given, and how many have come into force
         self._ordered = Signal()
@@ -91,6 +91,7 @@ class Reader:
         now = time.monotonic()
         for topic in topics:
             self._idle[topic] = now
+            self._idle.move_to_end(topic)
 
     def await_watches(self, seconds: float) -> bool:
         """Wait until what was watched before this call is listened to; False if that does not come about in time.
@@ -102,8 +103,10 @@ class Reader:
         return self._live and self._confirmed >= target
 
     def leave(self) -> None:
-        """Join again, perhaps elsewhere. Atomic: no switch."""
-        self._link.interrupt()
+        """Join again, perhaps elsewhere. One that is just joining finds out by itself where, and would never get to the
+        end if every publish broke it off. Atomic: no switch."""
+        if self._live:
+            self._link.interrupt()
 
     def _order(self, verb: str, topic: str) -> None:
         self._asked += 1
@@ -123,7 +126,8 @@ class Reader:
 
     def _drop_idle(self) -> None:
         due = time.monotonic() - UNWATCH_SECONDS
-        for topic, since in list(self._idle.items()):
+        while self._idle:
+            topic, since = next(iter(self._idle.items()))
             if since > due:
                 return
             del self._idle[topic]
@@ -175,8 +179,8 @@ class Reader:
         epoch = self._link.epoch
         if self._line.link.epoch != epoch:
             self._line.leave()
-        asked = self._subscribe_all()
-        early = self._hear_until("joined")
+        asked = self._asked
+        early = self._subscribe_all()
         if not known.epoch or not self._continues(known):
             self.epoch, self.last = epoch, newest
             self.past = self._link.past
@@ -193,16 +197,20 @@ class Reader:
         link = self._link
         return link.epoch == known.epoch or (known.epoch in link.past and known.seq < link.start)
 
-    def _subscribe_all(self) -> int:
-        asked, topics = self._asked, list(self._topics)
+    def _subscribe_all(self) -> list[tuple[str, Message]]:
+        """Listen to all topics that are watched now; what came meanwhile. Step by step: Redis cuts off a listener that
+        leaves too many confirmations unread. Switches."""
+        topics = list(self._topics)
         self._orders.clear()
         # One channel that no topic has: a connection without any would answer a PING in another form.
-        commands: list[Arguments] = [["SUBSCRIBE", f"{self._link.channels}\n"]]
-        commands += [
-            ["SUBSCRIBE", *(self._link.channels + topic for topic in topics[start : start + MOST_TOGETHER])]
-            for start in range(0, len(topics), MOST_TOGETHER)]
-        self._link.send([*commands, ("PING", "joined")])
-        return asked
+        early = self._subscribe(["\n"])
+        for start in range(0, len(topics), MOST_TOGETHER):
+            early += self._subscribe(topics[start : start + MOST_TOGETHER])
+        return early
+
+    def _subscribe(self, topics: Sequence[str]) -> list[tuple[str, Message]]:
+        self._link.send([["SUBSCRIBE", *(self._link.channels + topic for topic in topics)], ("PING", "joined")])
+        return self._hear_until("joined")
 
     def _hear_until(self, token: str) -> list[tuple[str, Message]]:
         """All messages that come before the answer to a PING. Switches."""
@@ -220,15 +228,18 @@ class Reader:
         if epoch != known.epoch:
             start = self._link.start
             since = min(known.seq, self._lost.seq) if self._lost is not None else known.seq
+            self._topics = dict.fromkeys(self._topics, UNKNOWN)  # their newest events may be lost with the old epoch
             self._lost = _Lost(since, "the epoch has ended")  # still to be told if what follows breaks off
             self._repair(start, early)
             self.epoch, self.past, self._lost = epoch, self._link.past, None
             self._reset(Position(epoch, start), Position(known.epoch, since))
             known = Position(epoch, start)
-        head = self._burn() if self._lost is not None else self._head()
+        told = self._lost is not None
+        head = self._burn() if told else self._head()
         early += self._barrier()
-        if self._repair(head, early) > known.seq and self._lost is None:
-            self._lost, head = _Lost(known.seq, "history has lost what came meanwhile"), self._burn()
+        self._repair(head, early)
+        if self._lost is not None and not told:
+            head = self._burn()
             early += self._barrier()
             self._repair(head, early)
         if self._lost is not None:
@@ -248,9 +259,9 @@ class Reader:
 
     def _burn(self) -> int:
         """A sequence that no event has."""
-        seq = int(self._line.command("HINCRBY", f"{self._line.link.prefix}log", "seq", 1))
-        self._head()
-        return seq
+        epoch, seq = self._line.ask("burn")
+        self._expect(epoch.decode())
+        return int(seq)
 
     def _expect(self, epoch: str) -> None:
         """Raises ConnectionError if `epoch`, which the line has read, is not ours: it may be connected elsewhere."""
@@ -258,38 +269,49 @@ class Reader:
             self._line.leave()
             raise ConnectionError("the log begins a new epoch")
 
-    def _repair(self, head: int, early: Sequence[tuple[str, Message]]) -> int:
-        """Hand over what lies between the last event and `head`, page by page; the newest sequence that retention has
-        taken from it. Switches."""
+    def _repair(self, head: int, early: Sequence[tuple[str, Message]]) -> None:
+        """Hand over what lies between the last event and `head`, page by page. What retention has taken from it is noted
+        as lost, at once: this may be broken off anywhere. Switches."""
         changed = self._changed_topics(head)
-        missing = 0
         while self.last < head:
             found = {message.seq: message.event for topic, message in early
                      if message.event is not None and self.last < message.seq <= head and topic in self._topics}
             upto = head
-            for start in range(0, len(changed), REPAIR_TOPICS):
-                page = changed[start : start + REPAIR_TOPICS]
-                reply = self._line.ask("history", self.last, upto, MOST_TOGETHER, PAGE_BYTES, *page)
+            topics = list(changed)
+            for start in range(0, len(topics), REPAIR_TOPICS):
+                page = topics[start : start + REPAIR_TOPICS]
+                reply = self._line.ask(HISTORY, self.last, upto, MOST_TOGETHER, PAGE_BYTES, *page)
                 self._expect(reply[0].decode())
+                self._note_missing(int(reply[1]))
                 events = list(events_of(reply[3:]))
                 found |= {event.seq: event for event in events}
-                missing = max(missing, int(reply[1]))
                 if reply[2]:
                     upto = events[-1].seq
             ready = [found[seq] for seq in sorted(found) if seq <= upto]
             if ready:
                 self._deliver(ready)
             self.last = upto
+            changed = {topic: seq for topic, seq in changed.items() if seq > upto}
             gevent.sleep(PAUSE_SECONDS)
-        return missing
 
-    def _changed_topics(self, head: int) -> list[str]:
-        """The watched topics that had an event since the last one handed over, or lost one that was newer; the newest
-        sequences of the former are noted."""
-        lost, newest = self._since_last("lost"), self._since_last("last")
+    def _note_missing(self, seq: int) -> None:
+        """Retention has taken what is up to `seq`: lost is what of it was not handed over. Atomic: no switch."""
+        if seq > self.last and self._lost is None:
+            self._lost = _Lost(self.last, "history has lost what came meanwhile")
+
+    def _changed_topics(self, head: int) -> dict[str, int]:
+        """The watched topics that had an event since the last one handed over, or lost one that was newer, with their
+        newest sequences, 0 for those that history has none of any more. The former are noted. Switches."""
+        newest = self._since_last("last")
         for topic, seq in newest.items():
             self._topics[topic] = seq if seq <= head else UNKNOWN
-        return list(newest | lost)
+        lost = self._since_last("lost")  # in this order: what has left the one is in the other, or under the floor
+        self._note_missing(self._floor())
+        return dict.fromkeys(lost, 0) | newest
+
+    def _floor(self) -> int:
+        """The newest sequence whose topic, and that retention has taken it, is forgotten. Switches."""
+        return int(self._line.command("HGET", f"{self._line.link.prefix}log", "floor") or 0)
 
     def _since_last(self, key: str) -> dict[str, int]:
         """The watched topics among those of a sorted set, with what they have there after the last event."""
@@ -366,17 +388,22 @@ class Reader:
         if known != UNKNOWN and previous not in (known, 0):
             raise _Lost(known, f"what came before {seq} on {topic!r} did not arrive")
         if seq > self.last:
-            if event := event or self._fetch(seq, keep):
+            if event := event or self._fetch(topic, seq, keep):
                 events.append(event)
             self.last = seq
         if topic in self._topics:  # it may have been left during the fetch
             self._topics[topic] = seq
 
-    def _fetch(self, seq: int, keep: str) -> Event | None:
+    def _fetch(self, topic: str, seq: int, keep: str) -> Event | None:
         """None for one whose place a newer one has taken. Switches."""
         names, body = self._line.command("HMGET", f"{self._line.link.prefix}e:{seq}", "t", "b")
-        if body is None and keep == KEEP_LATEST:
+        if body is not None:
+            return event_of(seq, names_of(names), body)
+        if keep == KEEP_LATEST and self._trimmed(topic) < seq:
             return None
-        if body is None:
-            raise _Lost(seq - 1, f"the event {seq} is gone")
-        return event_of(seq, names_of(names), body)
+        raise _Lost(seq - 1, f"the event {seq} is gone")
+
+    def _trimmed(self, topic: str) -> int:
+        """The newest sequence that retention has taken from a topic's history, so far as is known. Switches."""
+        mark = self._line.command("ZSCORE", f"{self._line.link.prefix}lost", topic)
+        return self._floor() if mark is None else int(float(mark))
