@@ -377,3 +377,32 @@ def test_a_join_reads_the_confirmations_of_some_topics_before_it_asks_for_more(
     for topic in (topics[0], topics[-1]):
         put(side, topic, topic)
     assert [event.data for event in side.heard(2)] == [topics[0], topics[-1]]
+
+
+def test_few_pages_of_history_are_asked_for_at_a_time_and_publishes_go_before_them(
+        server: Redis, opened: Open) -> None:
+    side = opened(server)
+    put(side, "0")
+    line, asked = line_of(side), []
+    exchange, names = line.link.exchange, {digest: name for name, digest in line.link._scripts.digests.items()}
+
+    def exchange_and_note(commands: Sequence[Sequence[Any]]) -> Any:
+        asked.append([names.get(command[1], command[0]) for command in commands])
+        return exchange(commands)
+
+    line.link.exchange = exchange_and_note
+    reading = [gevent.spawn(side.history, "a") for _ in range(20)]
+    writing = [gevent.spawn(put, side, "1") for _ in range(5)]
+    gevent.joinall(reading + writing, timeout=TIMEOUT, raise_error=True)
+    assert asked == [["publish"] * 5, ["history"] * 8, ["history"] * 8, ["history"] * 4]
+
+
+def test_a_wait_for_replicas_keeps_no_stream_from_opening(server: Redis, opened: Open) -> None:
+    side = opened(server, redis_replicas=1, publish_timeout_seconds=5)
+    side.broker.head()
+    putting = gevent.spawn(put, side, "nobody else has it")
+    eventually(lambda: side.history("a"))
+    assert side.broker.head().seq == 1
+    assert not putting.ready()
+    with pytest.raises(BrokerUnavailable, match="0 of 1 replicas"):
+        putting.get(timeout=TIMEOUT)

@@ -30,9 +30,16 @@ class RedisBroker(Broker):
                   max(1, round(settings.idempotency_seconds)))
         seconds, prefix = settings.publish_timeout_seconds, settings.redis_prefix
         self._trouble = Trouble(time.monotonic, (OSError, Refused, BrokerUnavailable))
-        self._line = Line(Link(address, prefix, seconds, limits), hide(settings.broker_url), seconds,
-                          settings.redis_replicas, self._known, self._trouble)
-        self._link = Link(address, prefix, seconds, limits)
+
+        def new_link() -> Link:
+            return Link(address, prefix, seconds, limits)
+
+        def new_line(replicas: int, publisher: Line | None = None) -> Line:
+            return Line(new_link(), hide(settings.broker_url), seconds, replicas, self._known, self._trouble, publisher)
+
+        replicas = settings.redis_replicas
+        self._line = new_line(0, new_line(replicas)) if replicas else new_line(0)
+        self._link = new_link()
         self._reader: Reader | None = None
         self._acknowledged = Position("", 0)
         self._closed = False

@@ -17,7 +17,8 @@ from pushsvc.errors import BrokerUnavailable
 from pushsvc.position import Position
 
 MOST_TOGETHER = 256  # requests of one write
-WRITER = "writer"  # the part, as the service's log names it
+MOST_PAGES = 8  # pages of history of one write, a MiB each: publishes wait for no more than these
+WRITER, ASKER = "writer", "asker"  # the parts, as the service's log names them
 PUBLISH, HISTORY = "publish", "history"
 UNKNOWN = "whether the event is in it is not known"
 
@@ -38,17 +39,21 @@ class Line:
 
     seconds: how long an answer may take. replicas: how many must have a publish before it is answered.
     known: the newest position that this process knows of. name: of the log, for messages.
+    publisher: a line of its own for publishes, which goes with this one: the wait for replicas holds up its connection.
     """
 
     def __init__(self, link: Link, name: str, seconds: float, replicas: int, known: Callable[[], Position],
-                 trouble: Trouble) -> None:
+                 trouble: Trouble, publisher: Line | None = None) -> None:
         self.link = link
         self._name = name
         self._seconds = seconds
         self._replicas = replicas
         self._known = known
         self._trouble = trouble
+        self._publisher = publisher
+        self._part = WRITER if publisher is None else ASKER
         self._jobs: deque[_Job] = deque()
+        self._pages: deque[_Job] = deque()  # of history
         self._talking = 0
         self._left = False
         self._wake = Signal()
@@ -57,12 +62,18 @@ class Line:
 
     def start(self) -> None:
         self._greenlet = gevent.spawn(self._work)
+        if self._publisher is not None:
+            self._publisher.start()
 
     def __len__(self) -> int:
-        return len(self._jobs) + self._talking
+        """How many requests have no answer yet."""
+        others = len(self._publisher) if self._publisher is not None else 0
+        return len(self._jobs) + len(self._pages) + self._talking + others
 
     def ask(self, script: str, *arguments: str | int | bytes, seconds: float = 0) -> Any:
         """What a script answers. Raises BrokerUnavailable. Switches."""
+        if script == PUBLISH and self._publisher is not None:
+            return self._publisher.ask(script, *arguments, seconds=seconds)
         return self._answer(self._post(_Job(script, arguments)), seconds)
 
     def command(self, *arguments: str | int | bytes) -> Any:
@@ -82,6 +93,15 @@ class Line:
     def leave(self) -> None:
         """Ask who is master again before the next request. Atomic: no switch."""
         self._left = True
+        if self._publisher is not None:
+            self._publisher.leave()
+
+    def follow(self, epoch: str) -> None:
+        """Leave what is in another epoch. Atomic: no switch."""
+        if self.link.epoch != epoch:
+            self._left = True
+        if self._publisher is not None:
+            self._publisher.follow(epoch)
 
     def close(self) -> None:
         """Finish what was asked, if that goes in time. Switches."""
@@ -92,14 +112,19 @@ class Line:
                 gevent.sleep(0.005)
         self._greenlet.kill()
         self.link.close()
+        if self._publisher is not None:
+            self._publisher.close()
 
     def unavailable(self, verb: str, reason: object) -> BrokerUnavailable:
         return BrokerUnavailable(f"cannot {verb} the log {self._name}: {reason}")
 
     def _post(self, job: _Job) -> _Job:
-        self._jobs.append(job)
+        self._queue(job).append(job)
         self._wake.set()
         return job
+
+    def _queue(self, job: _Job) -> deque[_Job]:
+        return self._pages if job.script == HISTORY else self._jobs
 
     def _answer(self, job: _Job, seconds: float = 0) -> Any:
         try:
@@ -110,26 +135,34 @@ class Line:
 
     def _take_back(self, job: _Job) -> bool:
         """Whether it had not been sent, and never will be. Atomic: no switch."""
-        if job is self._head or job not in self._jobs:  # others may wait for the head
+        queue = self._queue(job)
+        if job is self._head or job not in queue:  # others may wait for the head
             return False
-        self._jobs.remove(job)
+        queue.remove(job)
         return True
 
     def _work(self) -> None:
         while True:
             self._wake.wait()
             self._wake.clear()
-            while self._jobs:
-                jobs = [self._jobs.popleft() for _ in range(min(len(self._jobs), MOST_TOGETHER))]
-                if self._head in jobs:
-                    self._head = None
-                self._talking = len(jobs)
-                try:
-                    self._talk(jobs)
-                except Exception as error:  # the top of a greenlet: every request must be answered
-                    self._fail(jobs, error)
-                self._talking = 0
-                self._trouble.tell()
+            while self._jobs or self._pages:
+                self._serve(self._jobs, MOST_TOGETHER)
+                self._serve(self._pages, MOST_PAGES)
+
+    def _serve(self, queue: deque[_Job], most: int) -> None:
+        """Answer the first requests of a queue. Switches."""
+        jobs = [queue.popleft() for _ in range(min(len(queue), most))]
+        if not jobs:
+            return
+        if self._head in jobs:
+            self._head = None
+        self._talking = len(jobs)
+        try:
+            self._talk(jobs)
+        except Exception as error:  # the top of a greenlet: every request must be answered
+            self._fail(jobs, error)
+        self._talking = 0
+        self._trouble.tell()
 
     def _talk(self, jobs: list[_Job]) -> None:
         again = self._exchange(jobs)
@@ -138,7 +171,7 @@ class Line:
             again = self._exchange(again)
         for job, refused in again.items():
             job.result.set_exception(self._refusal(job, refused))
-            self._trouble.note(WRITER, refused)
+            self._trouble.note(self._part, refused)
             self.link.close()
 
     def _exchange(self, jobs: Iterable[_Job]) -> dict[_Job, Refused]:
@@ -168,7 +201,7 @@ class Line:
                     "with its master"))
             else:
                 job.result.set(reply)
-        self._trouble.note(WRITER, trouble)
+        self._trouble.note(self._part, trouble)
         return again
 
     def _refusal(self, job: _Job, reason: object) -> BrokerUnavailable:
@@ -181,7 +214,7 @@ class Line:
             self.link.open(*self._known())
 
     def _fail(self, jobs: list[_Job], error: Exception) -> None:
-        self._trouble.note(WRITER, error)
+        self._trouble.note(self._part, error)
         for job in jobs:
             if not job.result.ready():
                 job.result.set_exception(self._refusal(job, error))

@@ -177,8 +177,7 @@ class Reader:
         known = Position(self.epoch, self.last)
         newest = self._link.open(*known)
         epoch = self._link.epoch
-        if self._line.link.epoch != epoch:
-            self._line.leave()
+        self._line.follow(epoch)
         asked = self._asked
         early = self._subscribe_all()
         if not known.epoch or not self._continues(known):
