@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from types import TracebackType
 from typing import Any, Self
 
 from pushsvc.brokers.redis_codec import positions_of, publish_arguments
 from pushsvc.brokers.redis_link import Arguments, Link, Refused, parse_address
-from pushsvc.draft import draft_of
+from pushsvc.draft import check_batch, draft_of
 from pushsvc.errors import BadRequest, BrokerUnavailable
 from pushsvc.event import DEFAULT_TYPE, KEEP_ALL, Draft, check_name
 from pushsvc.position import Position
@@ -24,7 +25,8 @@ from pushsvc.settings import Settings, hide
 
 class Publisher:
     """One connection to the log at `url`, opened when it is first needed and again after it broke. Threads may share
-    it, and a forked process gets one of its own. Retention is what the service has set.
+    it, and a forked process gets one of its own. Retention is what the service has set. What may be published together
+    is what the HTTP API takes by default: 10,000 events and 1 MiB of data.
 
     prefix: as PUSHSVC_REDIS_PREFIX. replicas: as PUSHSVC_REDIS_REPLICAS. timeout: seconds that an answer may take.
     Raises SettingsError for a URL that is none of Redis.
@@ -35,6 +37,7 @@ class Publisher:
         self._name = hide(url)
         self._replicas = replicas
         self._timeout = timeout
+        self._most_events, self._most_bytes = default.max_batch_events, default.max_body_bytes
         self._address = parse_address(url)
         self._prefix = prefix or default.redis_prefix
         self._link = self._new_link()
@@ -57,7 +60,7 @@ class Publisher:
         """Publish events, all or none, in one stretch of the order; their ids. Each is what the HTTP API takes as a
         JSON object. Raises as `publish`."""
         drafts = []
-        for number, fields in enumerate(events, 1):
+        for number, fields in enumerate(islice(events, self._most_events + 1), 1):
             try:
                 drafts.append(draft_of(fields))
             except BadRequest as error:
@@ -79,6 +82,7 @@ class Publisher:
     def _append(self, drafts: Sequence[Draft], key: str | None) -> list[str]:
         if key is not None:
             check_name("idempotency_key", key)
+        check_batch(drafts, self._most_events, self._most_bytes)
         with self._lock():
             try:
                 reply = self._talk(drafts, f"\n{key}" if key is not None else None)
@@ -91,22 +95,29 @@ class Publisher:
         return [str(position) for position in positions]
 
     def _talk(self, drafts: Sequence[Draft], key: str | None) -> Any:
+        reply, *have = self._exchange(drafts, key)
+        if isinstance(reply, Refused) and reply.leave:  # nothing was done, as in Line
+            self._link.close()
+            reply, *have = self._exchange(drafts, key)
+        if isinstance(reply, Refused):
+            if reply.leave:
+                self._link.close()
+            raise reply
+        if have and (isinstance(have[0], Refused) or have[0] < self._replicas):
+            raise Refused(f"{have[0]} of {self._replicas} replicas have it: it may be lost with its master")
+        return reply
+
+    def _exchange(self, drafts: Sequence[Draft], key: str | None) -> list[Any]:
+        """What the script answers, and if they are asked how many replicas have it."""
         self._reach()
         link = self._link
         commands: list[Arguments] = [link.script("publish", *publish_arguments(link.channels, key, drafts))]
         if self._replicas:
             commands.append(link.await_replicas(self._replicas))
         try:
-            reply, *have = link.exchange(commands)
+            return link.exchange(commands)
         except OSError as error:
             raise ConnectionError(f"{error}: whether the events are in it is not known") from error
-        if isinstance(reply, Refused):
-            if reply.leave:
-                link.close()
-            raise reply
-        if have and (isinstance(have[0], Refused) or have[0] < self._replicas):
-            raise Refused(f"{have[0]} of {self._replicas} replicas have it: it may be lost with its master")
-        return reply
 
     def _lock(self) -> threading.Lock:
         """This process's own: a thread that is not in the forked process may hold its parent's for ever."""

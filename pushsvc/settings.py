@@ -57,7 +57,8 @@ class Settings:
                                  least=1 << 20)
     idempotency_seconds: float = setting(86_400.0, "How long an Idempotency-Key is remembered.", unit="s", least=1)
     max_body_bytes: int = setting(1 << 20, "Largest body of a publish; more is 413.", unit="bytes", least=1024)
-    max_batch_events: int = setting(10_000, "Most lines of one NDJSON batch.", unit="events", least=1)
+    max_batch_events: int = setting(10_000, "Most lines of one NDJSON batch; their topics are 100,000 together at most.",
+                                    unit="events", least=1)
     max_topics_per_stream: int = setting(1000, "Most topics that one stream may name.", unit="topics", least=1)
     max_streams: int = setting(0, "Most streams of one worker; more are told to come back later. 0: what its "
                                "descriptors allow.", unit="streams")

@@ -403,6 +403,13 @@ def test_batch_of_too_many_lines_is_a_problem_and_changes_nothing(watch: Watch) 
     watch.assert_nothing_happened()
 
 
+def test_batch_of_too_many_topics_together_is_a_problem_and_changes_nothing(watch: Watch) -> None:
+    line = json.dumps({"topics": [f"t{number}" for number in range(1000)], "data": 1}) + "\n"
+    assert len(line) * 101 < 1 << 20
+    assert "100000 topics together, not 101000" in assert_problem(post(watch.url, line * 101, NDJSON), 400)["detail"]
+    watch.assert_nothing_happened()
+
+
 def test_unknown_field_is_told_the_nearest_that_exists(url: str) -> None:
     assert "'event'" in post(url, '{"topic": "t", "data": "x", "evnet": "e"}').json()["detail"]
     assert "'topics'" in post(url, "topcis=t&data=x", FORM).json()["detail"]

@@ -1,6 +1,7 @@
 """The Redis broker beyond the contract: several processes on one log, interest, breaks, and what is lost is told."""
 
 import contextlib
+import enum
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from gevent.event import Event as Signal
 
 from pushsvc.brokers import redis_reader
 from pushsvc.brokers.redis_link import parse_address
+from pushsvc.draft import draft_of
 from pushsvc.errors import BadRequest, BrokerUnavailable, SettingsError
 from pushsvc.event import Draft
 from pushsvc.position import Position
@@ -533,12 +535,63 @@ assert "gevent" not in sys.modules
     ({"topic": "", "data": "x"}, "topic is empty"), ({"topic": "a"}, "data is missing"),
     ({"topic": "a", "data": "x", "tpic": "b"}, "nearest is 'topic'"),
     ({"topic": "a", "data": "x", "keep": "no"}, "keep is"),
-    ({"topic": "a", "topics": ["b"], "data": "x"}, "either"), ({"topic": "a\n", "data": "x"}, "control character")])
+    ({"topic": "a", "topics": ["b"], "data": "x"}, "either"), ({"topic": "a\n", "data": "x"}, "control character"),
+    ({"topic": "a", "data": {1, 2}}, "JSON can carry"), ({"topic": "a", "data": [b"x"]}, "JSON can carry"),
+    ({"topic": "a", "data": float("nan")}, "JSON can carry"), ({"topic": "a", "data": "x", "retry": True}, "retry")])
 def test_the_publisher_refuses_what_the_http_api_refuses_and_changes_nothing(
         publisher: Publisher, server: Redis, fields: dict[str, Any], words: str) -> None:
     with pytest.raises(BadRequest, match=words):
         publisher.publish_batch([{"topic": "a", "data": "good"}, fields])
     assert "t" not in keys(server)
+
+
+@pytest.mark.parametrize(("fields", "count", "words"), [
+    ({"topic": "a", "data": ""}, 10_001, "10000 events"),
+    ({"topics": [f"t{number}" for number in range(1000)], "data": ""}, 101, "100000 topics together, not 101000"),
+    ({"topic": "a", "data": "x" * 600_000}, 2, "1048576 bytes")], ids=["events", "topics", "bytes"])
+def test_the_publisher_refuses_too_much_at_once_and_changes_nothing(
+        publisher: Publisher, server: Redis, fields: dict[str, Any], count: int, words: str) -> None:
+    with pytest.raises(BadRequest, match=words):
+        publisher.publish_batch([fields] * count)
+    assert "t" not in keys(server)
+
+
+def test_the_publisher_takes_what_is_a_string_of_another_class_for_its_text(
+        publisher: Publisher, server: Redis, opened: Open) -> None:
+    class Name(enum.StrEnum):
+        A = "a"
+
+    class Safe(str):
+        __slots__ = ()
+
+        def __str__(self) -> str:
+            return self
+
+    side = opened(server)
+    publisher.publish(Name.A, Safe("<b>"), event=Name.A, keep=Safe("latest"), key=Name.A)
+    publisher.publish([Name.A, Safe("b")], Name.A)
+    one, two = side.heard(2)
+    assert one[2:7] == (("a",), "a", "<b>", "latest", "a")
+    assert (two.topics, two.data) == (("a", "b"), "a")
+    draft = draft_of({"topics": [Safe("a")], "data": Safe("x"), "event": Safe("e"), "keep": Safe("all"), "key": Name.A})
+    assert {type(text) for text in (*draft.topics, draft.data, draft.event, draft.keep, draft.key)} == {str}
+
+
+def test_the_publisher_publishes_once_more_where_nothing_was_done(publisher: Publisher, server: Redis) -> None:
+    first = publisher.publish("a", "1")
+    with contextlib.closing(server.client()) as client:
+        client.script_flush()
+        second = publisher.publish("a", "2")
+        assert seq_of(second) == seq_of(first) + 1
+        client.flushall()
+        third = publisher.publish("a", "3")
+        assert third > second
+        assert int(client.xlen("pushsvc:t:a")) == 1
+        client.replicaof("127.0.0.1", 1)
+        with pytest.raises(BrokerUnavailable, match="not a master"):
+            publisher.publish("a", "refused")
+        client.replicaof("NO", "ONE")
+        assert publisher.publish("a", "4") > third
 
 
 def test_the_publisher_says_that_the_log_is_away_and_finds_it_again(durable: Redis) -> None:

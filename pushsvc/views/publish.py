@@ -11,7 +11,7 @@ from flask import Blueprint, Response, request
 
 from pushsvc.auth import COOKIE, QUERY, Access, Grant
 from pushsvc.brokers.base import Broker
-from pushsvc.draft import FIELDS, check_names, draft_of
+from pushsvc.draft import FIELDS, check_batch, check_names, draft_of
 from pushsvc.errors import BadRequest, BrokerUnavailable, PayloadTooLarge, PushError, UnsupportedMediaType
 from pushsvc.event import Draft, check_name
 from pushsvc.hub import Hub
@@ -37,6 +37,7 @@ def blueprint(hub: Hub, broker: Broker, access: Access) -> Blueprint:
             raise
         drafts = [_form(body)] if kind == FORM else [_json(body)] if kind == JSON else \
             _lines(body, hub.settings.max_batch_events)
+        check_batch(drafts, hub.settings.max_batch_events, hub.settings.max_body_bytes)
         for draft in drafts:
             grant.allow_publish(draft.topics)
         try:
