@@ -14,8 +14,9 @@ from itertools import islice
 from types import TracebackType
 from typing import Any, Self
 
+from pushsvc.brokers.redis_address import parse_address
 from pushsvc.brokers.redis_codec import positions_of, publish_arguments
-from pushsvc.brokers.redis_link import Arguments, Link, Refused, parse_address
+from pushsvc.brokers.redis_link import Arguments, Link, Refused
 from pushsvc.draft import check_batch, draft_of
 from pushsvc.errors import BadRequest, BrokerUnavailable
 from pushsvc.event import DEFAULT_TYPE, KEEP_ALL, Draft, check_name

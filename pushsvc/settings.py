@@ -126,8 +126,12 @@ class Settings:
 
 
 def hide(url: str) -> str:
-    """A URL for logs and messages: without its passwords."""
-    return re.sub(r"(://[^:@/]*):[^@/]*@", r"\1:***@", re.sub(r"(password=)[^&]*", r"\1***", url))
+    """A URL for logs and messages: without its passwords, also such as should have been written with `%40` and `%2F`."""
+    url = re.sub(r"(password=)[^&]*", r"\1***", url)
+    front = url.partition("?")[0]
+    end = (front if "@" in front else url).rfind("@")
+    start = url.find(":", url.find("://") + 3)
+    return f"{url[:start]}:***{url[end:]}" if 0 <= start < end else url
 
 
 def variable(each: Field[Any]) -> str:

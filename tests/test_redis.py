@@ -16,7 +16,7 @@ import pytest
 from gevent.event import Event as Signal
 
 from pushsvc.brokers import redis_reader
-from pushsvc.brokers.redis_link import parse_address
+from pushsvc.brokers.redis_address import parse_address, parse_url
 from pushsvc.draft import draft_of
 from pushsvc.errors import BadRequest, BrokerUnavailable, SettingsError
 from pushsvc.event import Draft
@@ -651,8 +651,42 @@ def test_what_is_no_address_is_refused(url: str) -> None:
         parse_address(url)
 
 
-def test_passwords_are_in_no_message() -> None:
-    assert hide("redis://user:secret@host/0?password=secret2&x=1") == "redis://user:***@host/0?password=***&x=1"
+@pytest.mark.parametrize(("url", "words"), [
+    ("rediss://host/0?ssl_ca_cert=/ca.pem", "ssl_ca_cert is no parameter"),
+    ("redis://host/0?ssl_ca_certs=/ca.pem", "ssl_ca_certs is no parameter"),
+    ("rediss://host/0?ssl_cert_reqs=perhaps", "perhaps"), ("redis://host/0?socket_timeout=soon", "socket_timeout"),
+    ("redis://host/0?max_connections=5", "max_connections is no parameter"),
+    ("redis://user:secret@host/0?decode_responses=true", "decode_responses is no parameter"),
+    ("redis://host/0?protocol=3", "protocol is no parameter"), ("unix:///redis?ssl_keyfile=x", "ssl_keyfile is no"),
+    ("rediss+sentinel://host/m?ssl_ca_cert=/ca.pem", "ssl_ca_cert is no parameter"),
+    ("redis+sentinel://host/m?sentinel_pasword=x", "sentinel_pasword is no parameter")])
+def test_parameters_that_cannot_be_meant_are_refused_at_once(url: str, words: str) -> None:
+    with pytest.raises(SettingsError, match=words) as caught:
+        parse_address(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_parameters_of_an_address_by_sentinel_reach_its_connections_as_they_are() -> None:
+    address = parse_address("rediss+sentinel://u:p%40@a/m?ssl_ca_certs=/a%2Bb%26c/ca.pem&sentinel_password=x%26y")
+    options = parse_url(address.url)
+    assert (options["ssl_ca_certs"], options["password"]) == ("/a+b&c/ca.pem", "p@")
+    assert address.sentinel_options == (("password", "x&y"),)
+
+
+@pytest.mark.parametrize(("url", "shown"), [
+    ("redis://user:secret@host/0?password=secret2&x=1", "redis://user:***@host/0?password=***&x=1"),
+    ("redis://:secret@host", "redis://:***@host"), ("redis://user:se@cret@host:1/0", "redis://user:***@host:1/0"),
+    ("redis://user:sec/ret@host/0", "redis://user:***@host/0"), ("redis://u:se:cret@host", "redis://u:***@host"),
+    ("redis://user:sec?ret@host/0", "redis://user:***@host/0"), ("redis://host:6379/0", "redis://host:6379/0"),
+    ("redis://u:p@host/0?client_name=a@b", "redis://u:***@host/0?client_name=a@b"),
+    ("redis+sentinel://u:secret@a:1,b:2/m?sentinel_password=x@y", "redis+sentinel://u:***@a:1,b:2/m?sentinel_password=***")])
+def test_passwords_are_not_shown(url: str, shown: str) -> None:
+    assert hide(url) == shown
+
+
+@pytest.mark.parametrize("url", ["http://user:secret@host", "redis://user:secret/x@host/0", "redis://u:x?secret@host/0",
+                                 "redis+sentinel://u:secret/x@a:1/m/0", "redis://u:x?secret=1@host/0"])
+def test_passwords_are_in_no_message(url: str) -> None:
     with pytest.raises(SettingsError) as caught:
-        Settings(broker_url="http://user:secret@host")
+        parse_address(Settings(broker_url=url).broker_url)
     assert "secret" not in str(caught.value)

@@ -14,7 +14,7 @@ import pytest
 from gevent.event import Event as Signal
 
 from pushsvc.brokers import redis_reader
-from pushsvc.brokers.redis_link import parse_address
+from pushsvc.brokers.redis_address import parse_address
 from pushsvc.errors import BrokerUnavailable
 from pushsvc.event import Draft, Event
 from pushsvc.publisher import Publisher

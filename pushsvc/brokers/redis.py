@@ -7,9 +7,10 @@ import time
 from collections.abc import Sequence
 
 from pushsvc.brokers.base import CLOSED, PAGE_BYTES, Broker, Deliver, Page, Reset, page_of
+from pushsvc.brokers.redis_address import parse_address
 from pushsvc.brokers.redis_codec import events_of, positions_of, publish_arguments
 from pushsvc.brokers.redis_line import HISTORY, PUBLISH, Line
-from pushsvc.brokers.redis_link import Link, Refused, parse_address
+from pushsvc.brokers.redis_link import Link, Refused
 from pushsvc.brokers.redis_reader import READER, Reader
 from pushsvc.brokers.trouble import Trouble
 from pushsvc.errors import BrokerUnavailable

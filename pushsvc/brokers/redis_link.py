@@ -6,33 +6,23 @@ Refused (the server answered, and the connection is good). Needs no gevent, and 
 
 from __future__ import annotations
 
-import os
 import re
 import socket
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit
 
-from redis import connection as redis_connection
-from redis.connection import Connection, UnixDomainSocketConnection
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeout
 
-from pushsvc.errors import SettingsError
-from pushsvc.settings import REDIS, hide
+from pushsvc.brokers.redis_address import Address, connection_of, parse_url
 
-CONNECT_SECONDS = 2.0
-SENTINEL_PORT = 26379
 SCRIPTS = ("publish", "history", "open", "burn")
-_KEEPALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
 _RUN_ID = re.compile(r"^run_id:(\w+)", re.M)
 _ROLE = re.compile(r"^role:(\w+)", re.M)
 Arguments = Sequence[str | int | bytes]
-_parse_url: Any = redis_connection.parse_url
 
 
 class Refused(Exception):
@@ -41,60 +31,6 @@ class Refused(Exception):
     def __init__(self, text: str, leave: bool = False) -> None:
         super().__init__(text)
         self.leave = leave
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where the log is. url: what redis-py takes, for Sentinel without a host. sentinels: (host, port) of each."""
-
-    url: str
-    db: int
-    sentinels: tuple[tuple[str, int], ...] = ()
-    master: str = ""
-    sentinel_options: tuple[tuple[str, str], ...] = ()
-
-
-def parse_address(url: str) -> Address:
-    """The address that a URL gives. Raises SettingsError for one that cannot be meant.
-
-    redis://[USER:PASSWORD@]HOST[:PORT][/DB], rediss:// with TLS, unix:///PATH; redis+sentinel://[USER:PASSWORD@]HOST
-    [:PORT][,HOST[:PORT]…]/MASTER[/DB], rediss+sentinel:// with TLS to the Redis servers; Sentinel's own
-    credentials as `sentinel_username` and `sentinel_password` in the query. Other parameters are redis-py's.
-    """
-    scheme, mark, rest = url.partition("://")
-    if scheme not in REDIS or not mark or not rest:
-        raise SettingsError(f"{hide(url)!r} is no address of a Redis")
-    scheme = scheme.replace("valkey", "redis")
-    try:
-        if "sentinel" in scheme:
-            return _sentinel_address("rediss" if scheme.startswith("rediss") else "redis", rest)
-        options = _parse_url(f"{scheme}://{rest}")
-        return Address(f"{scheme}://{rest}", int(options.get("db") or 0))
-    except (ValueError, RedisError) as error:
-        raise SettingsError(f"{hide(url)!r} is no address of a Redis: {error}") from None
-
-
-def _sentinel_address(scheme: str, rest: str) -> Address:
-    parts = urlsplit(f"//{rest}")
-    credentials, _, hosts = parts.netloc.rpartition("@")
-    sentinels = tuple(_host(each) for each in hosts.split(","))
-    path = [unquote(each) for each in parts.path.split("/") if each]
-    master = parts.fragment or (path.pop(0) if path else "")
-    if not master or len(path) > 1:
-        raise ValueError("it names no master: redis+sentinel://HOST:PORT,HOST:PORT/MASTER")
-    pairs = parse_qsl(parts.query)
-    own = tuple((name.removeprefix("sentinel_"), value) for name, value in pairs if name.startswith("sentinel_"))
-    query = "&".join(f"{name}={value}" for name, value in pairs if not name.startswith("sentinel_"))
-    db = int(path[0]) if path else 0
-    return Address(f"{scheme}://{credentials + '@' if credentials else ''}host/{db}{'?' + query if query else ''}", db,
-                   sentinels, master, own)
-
-
-def _host(text: str) -> tuple[str, int]:
-    parts = urlsplit(f"//{text}")
-    if not parts.hostname:
-        raise ValueError("a Sentinel has no host")
-    return parts.hostname, parts.port or SENTINEL_PORT
 
 
 class Scripts:
@@ -251,18 +187,13 @@ class Link:
 
     def _connect(self) -> Any:
         if not self.address.sentinels:
-            return self._connected(_parse_url(self.address.url))
-        options = _parse_url(self.address.url)
+            return self._connected(parse_url(self.address.url))
+        options = parse_url(self.address.url)
         options["host"], options["port"] = self._master()
         return self._connected(options)
 
     def _connected(self, options: dict[str, Any]) -> Any:
-        kind = options.pop("connection_class", Connection)
-        settings: dict[str, Any] = {"protocol": 2, "driver_info": None, "client_name": f"pushsvc-{os.getpid()}",
-                                    "socket_connect_timeout": CONNECT_SECONDS, "socket_timeout": self._seconds}
-        if kind is not UnixDomainSocketConnection:
-            settings |= {"socket_keepalive": True, "socket_keepalive_options": _KEEPALIVE}
-        connection = kind(**settings | options)
+        connection = connection_of(options, self._seconds)
         try:
             connection.connect()
         except RedisTimeout as error:
