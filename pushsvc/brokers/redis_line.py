@@ -110,10 +110,14 @@ class Line:
         with gevent.Timeout(self._seconds, False):
             while len(self):
                 gevent.sleep(0.005)
-        self._greenlet.kill()
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._greenlet is not None:
+            self._greenlet.kill()
         self.link.close()
         if self._publisher is not None:
-            self._publisher.close()
+            self._publisher._stop()
 
     def unavailable(self, verb: str, reason: object) -> BrokerUnavailable:
         return BrokerUnavailable(f"cannot {verb} the log {self._name}: {reason}")
