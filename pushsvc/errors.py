@@ -39,6 +39,13 @@ class Forbidden(PushError):
     title = "Forbidden"
 
 
+class RequestTimeout(PushError):
+    """The request did not come whole in time (RFC 9110, section 15.5.9)."""
+
+    status = 408
+    title = "Request timeout"
+
+
 class PayloadTooLarge(PushError):
     status = 413
     title = "Payload too large"

@@ -63,7 +63,9 @@ class Settings:
     max_streams: int = setting(0, "Most streams of one worker; more are told to come back later. 0: what its "
                                "descriptors allow.", unit="streams")
     max_connections: int = setting(1000, "Most connections of one worker besides its parked streams: publishers, and "
-                                   "streams that open.", unit="connections", least=1)
+                                   "streams that open or cannot be parked (HTTP/1.0, TLS in gunicorn). Such streams may "
+                                   "have three quarters of them; further ones are told to come back.",
+                                   unit="connections", least=1)
     max_memory_bytes: int = setting(0, "Resident memory of one worker above which further streams are told to come back "
                                     "later. 0: they are when nine tenths of what the cgroup allows are in use, if it has "
                                     "a limit.", unit="bytes")
@@ -72,8 +74,9 @@ class Settings:
     mailbox_bytes: int = setting(1 << 20, "Most bytes that wait for one slow stream.", unit="bytes", least=1024)
     heartbeat_seconds: float = setting(15.0, "Silence after which a stream gets a comment line: under the 60 s at which "
                                        "most proxies cut.", unit="s", least=0.1, most=3600)
-    dead_seconds: float = setting(30.0, "How long a client may leave what was sent unacknowledged before its connection "
-                                  "is given up.", unit="s", least=1, most=3600)
+    dead_seconds: float = setting(30.0, "How long a client may leave what was sent unacknowledged, or its window closed, "
+                                  "before its connection is given up; and how long the body of a publish may take.",
+                                  unit="s", least=1, most=3600)
     retry_ms: int = setting(3000, "The reconnection time that a stream opens with.", unit="ms", most=86_400_000)
     rotate_seconds: float = setting(14_400.0, "Age at which a stream is ended to come back elsewhere, spread by a tenth "
                                     "either way; 0: never.", unit="s")

@@ -11,11 +11,11 @@ import os
 import signal
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gevent
 from gevent import socket
@@ -26,10 +26,14 @@ from gunicorn.workers.ggevent import GeventWorker
 from pushsvc.express import Express, is_possible
 from pushsvc.listener import Client, Endpoint, Listener, Raw
 
+if TYPE_CHECKING:
+    from pushsvc.stream import Stream
+
 TICK_SECONDS = 0.05
 NOTIFY_SECONDS = 1.0
 IDLE_SECONDS = 0.25  # a request that is under way arrives within this time
 QUIESCE_SECONDS = 0.1  # so does the handshake of a connection that has begun, and its request
+LENT_SHARE = 0.75  # of the connections of a worker that streams may hold; the others are for publishes and health checks
 MOST_PATHS = 64  # paths of streams that are remembered
 
 
@@ -103,7 +107,7 @@ class PushWorker(GeventWorker):  # type: ignore[misc]
 
     def load_wsgi(self) -> None:
         from pushsvc.parking import ParkingLot
-        from pushsvc.stream import Stream
+        from pushsvc.stream import Stream, refusal
 
         # gunicorn looks its settings up by __getattr__, a dozen times a request: found as attributes they cost nothing
         self.cfg.__dict__.update({name: setting.get() for name, setting in self.cfg.settings.items()})
@@ -116,20 +120,47 @@ class PushWorker(GeventWorker):  # type: ignore[misc]
         self._idle: OrderedDict[Idle, float] = OrderedDict()
 
         self._stream = Stream
+        self._refusal = refusal
+        self._lent = 0  # streams that hold a connection: they open, or cannot be parked
+        self._most_lent = max(1, int(LENT_SHARE * self.service.settings.max_connections))
 
     def _parking(self, environ: dict[str, Any], start_response: Any) -> Any:
         """The application, but a stream that the lot takes does not come back from it."""
         body = self.application(environ, start_response)
-        if type(body) is self._stream:
-            response, connection = start_response.__self__, environ["gunicorn.socket"]
-            if response.chunked and isinstance(connection, Client):
-                if len(self._paths) < MOST_PATHS:
-                    self._paths.add(environ["RAW_URI"].partition("?")[0].encode("latin-1"))
-                begun = datetime.now()
-                self.lot.run(body, response, connection)
-                self.log.access(response, response.req, environ, datetime.now() - begun)
-                raise StopIteration  # gunicorn's word for: this connection is done with
-        return body
+        if type(body) is not self._stream:
+            return body
+        if self._lent >= self._most_lent:
+            return self._refuse()
+        response, connection = start_response.__self__, environ["gunicorn.socket"]
+        if not (response.chunked and isinstance(connection, Client)):
+            return self._lend(body)
+        if len(self._paths) < MOST_PATHS:
+            self._paths.add(environ["RAW_URI"].partition("?")[0].encode("latin-1"))
+        begun = datetime.now()
+        self._open(body, response, connection)
+        self.log.access(response, response.req, environ, datetime.now() - begun)
+        raise StopIteration  # gunicorn's word for: this connection is done with
+
+    def _open(self, stream: Stream, response: Any, connection: Client | Raw) -> None:
+        """Switches."""
+        self._lent += 1
+        try:
+            self.lot.run(stream, response, connection)
+        finally:
+            self._lent -= 1
+
+    def _lend(self, stream: Stream) -> Iterator[bytes]:
+        """A stream that cannot be parked: it holds its connection to its end. Switches."""
+        self._lent += 1
+        try:
+            yield from stream
+        finally:
+            self._lent -= 1
+            stream.close()
+
+    def _refuse(self) -> Sequence[bytes]:
+        self.service.hub.metrics.counts.turned_away += 1
+        return self._refusal(self.service.hub.comeback_ms())
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self._told |= {sig}
@@ -165,7 +196,21 @@ class PushWorker(GeventWorker):  # type: ignore[misc]
             next((True for idle in list(self._idle) if idle.end()), None)  # the longest idle makes room
         if self.cfg.is_ssl:
             client = self._ssl.wrap_socket(client, server_side=True, do_handshake_on_connect=False)
+            if not self._shake_hands(client):
+                return
         self.handle(endpoint, client, address)
+
+    def _shake_hands(self, client: Any) -> bool:
+        """Whether a TLS handshake comes to its end in time. Switches."""
+        try:
+            with gevent.Timeout(self.cfg.keepalive):
+                client.do_handshake()
+        except gevent.Timeout:
+            client.close()
+            return False
+        except OSError:
+            pass  # gunicorn meets it again, and says so
+        return True
 
     def _serve_express(self, endpoint: Endpoint, raw: Raw, address: Any, environ: dict[str, Any],
                        response: Any) -> None:
@@ -177,11 +222,13 @@ class PushWorker(GeventWorker):  # type: ignore[misc]
         if not alive:
             response.force_close()
         body = self.application(environ, response.start_response)
-        if type(body) is self._stream and response.chunked:
+        if type(body) is self._stream and response.chunked and self._lent < self._most_lent:
             body.subscription.abort = raw.abort
             with suppress(OSError):
-                self.lot.run(body, response, raw)
+                self._open(body, response, raw)
             return
+        if type(body) is self._stream:
+            body = self._refuse() if self._lent >= self._most_lent else self._lend(body)
         client = Client(endpoint, raw)
         response.sock = client
         try:

@@ -250,7 +250,9 @@ def test_a_worker_that_is_full_refuses_softly_and_keeps_publishing(tmp_path):
         assert request("GET", f"{server.url}/healthz").status == 200
         held.pop().close()
         eventually(lambda: streams(server) == 29)
-        Stream(server.url, "full").opened()
+        again = Stream(server.url, "full").opened()
+        publish(server.url, topic="full", data="for one more")
+        assert again.next().data == "for one more", "a refusal opens, too"
 
 
 def test_a_worker_without_descriptors_does_not_spin_and_recovers(tmp_path):

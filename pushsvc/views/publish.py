@@ -7,12 +7,20 @@ from collections import Counter
 from contextlib import suppress
 from typing import Any
 
+import gevent
 from flask import Blueprint, Response, request
 
 from pushsvc.auth import COOKIE, QUERY, Access, Grant
 from pushsvc.brokers.base import Broker
 from pushsvc.draft import FIELDS, check_batch, check_names, draft_of
-from pushsvc.errors import BadRequest, BrokerUnavailable, PayloadTooLarge, PushError, UnsupportedMediaType
+from pushsvc.errors import (
+    BadRequest,
+    BrokerUnavailable,
+    PayloadTooLarge,
+    PushError,
+    RequestTimeout,
+    UnsupportedMediaType,
+)
 from pushsvc.event import Draft, check_name
 from pushsvc.hub import Hub
 from pushsvc.views.problems import refuse_foreign_pages
@@ -31,9 +39,12 @@ def blueprint(hub: Hub, broker: Broker, access: Access) -> Blueprint:
         try:
             grant = _admit(access)
             kind = _media_type(request.environ)
-            body = _body(hub.settings.max_body_bytes)
+            body = _body(hub.settings.max_body_bytes, hub.settings.dead_seconds)
+        except RequestTimeout:
+            raise
         except PushError:
-            _hear_out()
+            with gevent.Timeout(hub.settings.dead_seconds, False):
+                _hear_out()
             raise
         drafts = [_form(body)] if kind == FORM else [_json(body)] if kind == JSON else \
             _lines(body, hub.settings.max_batch_events)
@@ -84,11 +95,18 @@ def _media_type(environ: dict[str, Any]) -> str:
     return kind
 
 
-def _body(most: int) -> bytes:
-    """The whole body. Werkzeug hands over the part that it has of one that is too large or was cut off."""
+def _body(most: int, seconds: float) -> bytes:
+    """The whole body, which has to come within `seconds`: who sends none holds a connection. Werkzeug hands over the part
+    that it has of one that is too large or was cut off."""
     length = request.content_length or 0
     request.max_content_length = most + 1  # one more: a body in chunks that is too large shows it by its length
-    body = _read() if length <= most else b""
+    body = b""
+    if length <= most:
+        try:
+            with gevent.Timeout(seconds):
+                body = _read()
+        except gevent.Timeout:
+            raise RequestTimeout(f"the body did not come within {seconds:g} s") from None
     if max(length, len(body)) > most:
         raise PayloadTooLarge(f"the body is larger than {most} bytes")
     if len(body) < length:
