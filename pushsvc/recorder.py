@@ -147,17 +147,16 @@ class Recorder:
             self._flush()
         if not self._over:
             self._note(["end", self._now(), CLOSED])
-            self._left += END_BYTES
-            self._flush()
+            self._flush(END_BYTES)
         self._over = True
         self._numbers.clear()
         os.close(self._file)
 
-    def _flush(self) -> None:
-        """Write what was noted, off the loop's thread. Switches."""
+    def _flush(self, end_bytes: int = 0) -> None:
+        """Write what was noted, off the loop's thread. end_bytes: of it, what has its place at the end. Switches."""
         data = "".join(self._pending).encode()
         self._pending, self._pending_bytes = [], 0
-        if len(data) > self._left:
+        if len(data) > self._left + end_bytes:
             data = data[: data.rfind(b"\n", 0, self._left) + 1]
             data += json.dumps(["end", self._now(), FULL]).encode() + b"\n"
             self._over = True

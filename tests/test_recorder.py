@@ -98,8 +98,9 @@ def test_same_name_has_the_same_hash_in_all_files_of_a_run(tmp_path: Path) -> No
     assert rows(tmp_path / "one")[1][3:5] == rows(tmp_path / "two")[1][3:5]
 
 
-def test_file_stays_under_its_bound_and_says_that_it_was_full(tmp_path: Path) -> None:
-    path, most = tmp_path / "small", 4096
+@pytest.mark.parametrize("more", range(0, 90, 6))
+def test_file_stays_under_its_bound_and_says_that_it_was_full(more: int, tmp_path: Path) -> None:
+    path, most = tmp_path / "small", 4096 + more
     recorder = Recorder(path, most)
 
     recorder.delivered([event(seq) for seq in range(200)], {})
