@@ -266,6 +266,17 @@ def test_nothing_from_before_the_head_is_owed_though_something_older_came() -> N
     assert tally.lost == {5: 1}
 
 
+def test_what_is_from_before_the_head_and_comes_late_is_no_double() -> None:
+    tally, track = Tally(), Track(Book(EVENTS).expected((1,)), asked=1.4, since=2.5)
+
+    for number in (0, 2, 1, 4, 5):
+        tally.take(track, number)
+
+    assert (tally.doubled, tally.reordered([0.0, 1.0, 2.0], [0.5, 2.1, 2.5])) == (0, 0)
+    tally.take(track, 1)
+    assert tally.doubled == 1
+
+
 @pytest.mark.parametrize(("acknowledged", "lost"), [(1.9, 1), (2.1, 0)], ids=["before the next was sent", "after it"])
 def test_event_that_was_under_way_when_its_stream_was_ended_is_lost_only_if_a_later_one_came(
         acknowledged: float, lost: int) -> None:

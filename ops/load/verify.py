@@ -69,6 +69,11 @@ class Track:
     begun: dict[int, int] = field(default_factory=dict)
     missing: dict[int, int] = field(default_factory=dict)
 
+    def is_owed(self, number: int) -> bool:
+        """Whether an event was due after the head had come."""
+        lane, place = self.expected.where[number]
+        return self.expected.dues[lane][place] > self.since
+
 
 @dataclass(slots=True)
 class Tally:
@@ -109,14 +114,13 @@ class Tally:
 
     def _take_first(self, track: Track, number: int, lane: int, at: int) -> None:
         self.firsts.append((number, track.asked))
-        self._pass_over(track, number, lane, 0, at)
+        self._pass_over(track, number, lane, bisect_right(track.expected.dues[lane], track.since), at)
         track.nexts[lane] = at + 1
         track.begun[lane] = at
 
     def _pass_over(self, track: Track, number: int, lane: int, start: int, stop: int) -> None:
-        """Event `number` came before these places of its lane, of which those that were due after the head are owed."""
-        first = max(start, bisect_right(track.expected.dues[lane], track.since))
-        track.missing.update(dict.fromkeys(track.expected.order[lane][first:stop], number))
+        """Event `number` came before these places of its lane."""
+        track.missing.update(dict.fromkeys(track.expected.order[lane][start:stop], number))
 
     def finish(self, track: Track, until: float, sent: Times, acknowledged: Times) -> None:
         """The track is over: what was acknowledged before `until` should have come; inf: all. So should what one passed
@@ -126,8 +130,8 @@ class Tally:
         for lane, start, stop in behind(track, until):
             last.update(number for number in track.expected.order[lane][start:stop]
                         if (at := acknowledged[number]) is not None and at < until)
-        self.lost.update(number for number, passer in track.missing.items()
-                         if (at := acknowledged[number]) is not None and (at < until or at < (sent[passer] or 0.0)))
+        self.lost.update(number for number, passer in track.missing.items() if track.is_owed(number)
+                         and (at := acknowledged[number]) is not None and (at < until or at < (sent[passer] or 0.0)))
         track.missing.clear()
 
     def reordered(self, sent: Times, acknowledged: Times) -> int:
