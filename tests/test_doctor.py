@@ -457,7 +457,7 @@ def test_settings_of_gunicorn_that_break_streams_are_found_with_their_lines(plac
     run = process(place)
 
     assert sorted({*run.checks} - {"parser"}) == sorted(lines), run.text
-    kernel = "/etc/sysctl.d/pushsvc.conf", 0
+    kernel = "/etc/sysctl.d/60-pushsvc.conf", 0
     assert {check: (run.finding(check)["file"], run.finding(check)["line"]) for check in lines} == {
         check: kernel if check == "backlog" else (str(config), line_of(config, line)) for check, line in lines.items()}
 
@@ -489,6 +489,16 @@ def test_streams_that_have_no_descriptors_are_found_and_what_would_do_fits(place
 
     assert "descriptors" not in process(place, "--streams", "5000", descriptors=int(enough[1])).checks
     assert "descriptors" in process(place, "--streams", "5000", descriptors=int(enough[1]) - 1).checks
+
+
+@pytest.mark.parametrize(("span", "found"), [("20", True), ("20s", True), ("0min 20 s", True), ("45s", False),
+                                             ("1min", False), ("infinity", False)])
+def test_stop_of_the_unit_that_is_too_short_is_found_however_it_is_written(span: str, found: bool, place: Path) -> None:
+    unit = place / "pushsvc.service"
+    text = (ROOT / "ops" / "systemd" / "pushsvc.service").read_text()
+    text = text.replace("TimeoutStopSec=45", f"TimeoutStopSec={span}").replace("sqlite:/var/lib", f"sqlite:{place}")
+    unit.write_text(text)
+    assert ("graceful" in process(place, "--unit", str(unit)).checks) is found
 
 
 def test_limits_and_environment_of_the_unit_count_instead_of_those_of_the_shell(place: Path) -> None:

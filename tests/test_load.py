@@ -500,6 +500,15 @@ def test_shape_that_is_not_there_is_refused_with_a_message(tmp_path: Path) -> No
     assert "nothing" in done.stderr
 
 
+@pytest.mark.parametrize("command", [["replay", ROOT / "ops/load/shapes/ubuntu-irc-2006-06-01.jsonl"],
+                                     ["ramp", "--step", "10"]], ids=["replay", "ramp"])
+def test_address_where_nobody_listens_is_told_at_once(command: list[Any]) -> None:
+    done = load(*command, "--url", "http://127.0.0.1:1")
+
+    assert done.returncode == 2
+    assert "nobody answers on 127.0.0.1:1" in done.stderr
+
+
 # --- Ramp and dark test ----------------------------------------------------------------------------------
 
 

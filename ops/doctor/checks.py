@@ -15,7 +15,9 @@ KEPT = 64  # descriptors that a worker needs for itself
 STOP_MARGIN = 5  # seconds that the master needs after its workers
 WORKER = "PushWorker"
 LOOPBACK = ("127.", "::1", "localhost")
-SYSCTL = "/etc/sysctl.d/pushsvc.conf"
+UNIT_SECONDS = {"": 1, "s": 1, "sec": 1, "ms": 0.001, "m": 60, "min": 60, "h": 3600}
+TIME = re.compile(r"([\d.]+)\s*(ms|sec|s|min|m|h|)(?![\w.])\s*")
+SYSCTL = "/etc/sysctl.d/60-pushsvc.conf"  # as ops/limits writes it
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,10 +180,18 @@ def _graceful(seen: Seen) -> Iterator[Finding]:
 
 def _unit(seen: Seen) -> Iterator[Finding]:
     graceful, (file, line) = seen.service.gunicorn["graceful_timeout"], seen.of_unit("TimeoutStopSec")
-    waits = re.search(r"=(\d+)$", Path(file).read_text().splitlines()[line - 1]) if line else None
-    if waits and int(waits[1]) < graceful + STOP_MARGIN:
-        yield Finding("graceful", f"TimeoutStopSec is {waits[1]} s, graceful_timeout {graceful} s",
+    waits = _seconds(Path(file).read_text().splitlines()[line - 1].partition("=")[2]) if line else None
+    if waits is not None and waits < graceful + STOP_MARGIN:
+        yield Finding("graceful", f"TimeoutStopSec is {waits:g} s, graceful_timeout {graceful} s",
                       "systemd kills what is still draining", f"TimeoutStopSec={graceful + STOP_MARGIN}", file, line)
+
+
+def _seconds(text: str) -> float | None:
+    """A span of time as systemd.time(7) has it; None for no bound and for what is not understood."""
+    spans = TIME.findall(text)
+    if not spans or TIME.sub("", text).strip():
+        return None
+    return sum(float(number) * UNIT_SECONDS[unit] for number, unit in spans)
 
 
 def _broker(seen: Seen) -> Iterator[Finding]:

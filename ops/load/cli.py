@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from load.targets import FORMS, address_of, server_of, token_of
 from load.watch import listeners
 
 OK, BROKEN, CANNOT = 0, 1, 2
+KNOCK_SECONDS = 5.0
 EPILOG = """exit codes:
   0  done, and what was asked for holds
   1  it does not hold: events lost, doubled or out of order, an objective broken, shapes that differ
@@ -196,6 +198,7 @@ def _served(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """host, port, form, token, pids and about (versions) of the server that the options name, or that they start."""
     if not options.start:
         host, port = address_of(options.url)
+        _knock(host, port)
         pids = [int(pid) for pid in options.pids.split(",") if pid] or (
             listeners(port) if host.startswith("127.") or host == "localhost" else [])
         yield {"host": host, "port": port, "form": options.server, "token": options.token, "pids": pids,
@@ -207,7 +210,16 @@ def _served(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                "about": {"version": server.version(), "workers": len(pids)}}
 
 
+def _knock(host: str, port: int) -> None:
+    """Raises OSError if nobody listens there: clients that are refused for an hour tell nothing."""
+    try:
+        socket.create_connection((host, port), KNOCK_SECONDS).close()
+    except OSError as error:
+        raise OSError(f"nobody answers on {host}:{port}: {error.strerror or error}") from error
+
+
 def _replay(options: argparse.Namespace) -> int:
+    read_shape(options.shape)  # one that is none is told before anything is started
     with _served(options) as server:
         pids, about = server.pop("pids"), server.pop("about")
         plan = Plan(options.shape, **server, label=options.label, speed=options.speed, times=options.times,
