@@ -64,7 +64,8 @@ def assert_tells(server: Server, reason: str) -> None:
 
 
 def recovered(server: Server) -> bool:
-    return bool(post(server, "recovered").status == 200 and request("GET", f"{server.url}/readyz").status == 200)
+    """Ready, and then published "recovered", which is there once: whoever is asked again has not published it yet."""
+    return bool(request("GET", f"{server.url}/readyz").status == 200 and post(server, "recovered").status == 200)
 
 
 def complaints(server: Server) -> list[str]:
