@@ -6,6 +6,10 @@ The law of this room: an error says whose fault it is (4xx the caller's, 5xx our
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
+
+# In a request's environment (PEP 3333): its body did not come whole, so nothing can follow it on its connection.
+UNREAD: Final = "pushsvc.unread"
 
 
 class PushError(Exception):

@@ -54,6 +54,8 @@ class Lot(Protocol):
     def break_off(self, subscription: Subscription) -> None: ...
     @property
     def behind(self) -> int: ...
+    @property
+    def is_full(self) -> bool: ...
 
 
 class Hub:
@@ -169,7 +171,8 @@ class Hub:
         if self._taken > LOOK_STREAMS:
             self._look_at_memory()
         most = self.settings.max_streams
-        return self.draining or self.short_of_memory or (most > 0 and len(self._subscriptions) >= most)
+        return (self.draining or self.short_of_memory or (self.lot is not None and self.lot.is_full)
+                or (most > 0 and len(self._subscriptions) >= most))
 
     def _join(self, topic: str, group: Group) -> None:
         groups = self._topics.get(topic, ())

@@ -21,7 +21,7 @@ from posix import close as close_descriptor  # gevent's os.close is dear, and wa
 from typing import Any
 
 import gevent
-from gevent import socket
+from gevent import socket, ssl
 from gevent.server import StreamServer
 
 from pushsvc.express import READ_BYTES
@@ -134,6 +134,22 @@ class Client(socket.socket):  # type: ignore[misc]
                 if not super().recv(READ_BYTES):
                     break
         super().close()
+
+
+class SecureClient(ssl.SSLSocket):  # type: ignore[misc]
+    """gevent's TLS socket of a client, whose handshake has to come to its end within `seconds`."""
+
+    def __init__(self, seconds: float, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._seconds = seconds
+
+    def do_handshake(self) -> None:
+        """Raises SSLError. Switches."""
+        try:
+            with gevent.Timeout(self._seconds, TimeoutError):
+                super().do_handshake()
+        except TimeoutError:
+            raise ssl.SSLError(ssl.SSL_ERROR_EOF, f"the TLS handshake took more than {self._seconds:g} s") from None
 
 
 class Listener(StreamServer):  # type: ignore[misc]

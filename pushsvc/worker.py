@@ -11,11 +11,11 @@ import os
 import signal
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gevent
 from gevent import socket
@@ -23,17 +23,14 @@ from gunicorn import util
 from gunicorn.sock import ssl_context
 from gunicorn.workers.ggevent import GeventWorker
 
+from pushsvc.errors import UNREAD
 from pushsvc.express import Express, is_possible
-from pushsvc.listener import Client, Endpoint, Listener, Raw
-
-if TYPE_CHECKING:
-    from pushsvc.stream import Stream
+from pushsvc.listener import Client, Endpoint, Listener, Raw, SecureClient
 
 TICK_SECONDS = 0.05
 NOTIFY_SECONDS = 1.0
 IDLE_SECONDS = 0.25  # a request that is under way arrives within this time
 QUIESCE_SECONDS = 0.1  # so does the handshake of a connection that has begun, and its request
-LENT_SHARE = 0.75  # of the connections of a worker that streams may hold; the others are for publishes and health checks
 MOST_PATHS = 64  # paths of streams that are remembered
 
 
@@ -107,7 +104,7 @@ class PushWorker(GeventWorker):  # type: ignore[misc]
 
     def load_wsgi(self) -> None:
         from pushsvc.parking import ParkingLot
-        from pushsvc.stream import Stream, refusal
+        from pushsvc.stream import Stream
 
         # gunicorn looks its settings up by __getattr__, a dozen times a request: found as attributes they cost nothing
         self.cfg.__dict__.update({name: setting.get() for name, setting in self.cfg.settings.items()})
@@ -120,47 +117,23 @@ class PushWorker(GeventWorker):  # type: ignore[misc]
         self._idle: OrderedDict[Idle, float] = OrderedDict()
 
         self._stream = Stream
-        self._refusal = refusal
-        self._lent = 0  # streams that hold a connection: they open, or cannot be parked
-        self._most_lent = max(1, int(LENT_SHARE * self.service.settings.max_connections))
 
     def _parking(self, environ: dict[str, Any], start_response: Any) -> Any:
         """The application, but a stream that the lot takes does not come back from it."""
         body = self.application(environ, start_response)
-        if type(body) is not self._stream:
-            return body
-        if self._lent >= self._most_lent:
-            return self._refuse()
         response, connection = start_response.__self__, environ["gunicorn.socket"]
+        if type(body) is not self._stream:
+            if UNREAD in environ:
+                response.force_close()
+            return body
         if not (response.chunked and isinstance(connection, Client)):
-            return self._lend(body)
+            return self.lot.lend(body)
         if len(self._paths) < MOST_PATHS:
             self._paths.add(environ["RAW_URI"].partition("?")[0].encode("latin-1"))
         begun = datetime.now()
-        self._open(body, response, connection)
+        self.lot.run(body, response, connection)
         self.log.access(response, response.req, environ, datetime.now() - begun)
         raise StopIteration  # gunicorn's word for: this connection is done with
-
-    def _open(self, stream: Stream, response: Any, connection: Client | Raw) -> None:
-        """Switches."""
-        self._lent += 1
-        try:
-            self.lot.run(stream, response, connection)
-        finally:
-            self._lent -= 1
-
-    def _lend(self, stream: Stream) -> Iterator[bytes]:
-        """A stream that cannot be parked: it holds its connection to its end. Switches."""
-        self._lent += 1
-        try:
-            yield from stream
-        finally:
-            self._lent -= 1
-            stream.close()
-
-    def _refuse(self) -> Sequence[bytes]:
-        self.service.hub.metrics.counts.turned_away += 1
-        return self._refusal(self.service.hub.comeback_ms())
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self._told |= {sig}
@@ -196,21 +169,7 @@ class PushWorker(GeventWorker):  # type: ignore[misc]
             next((True for idle in list(self._idle) if idle.end()), None)  # the longest idle makes room
         if self.cfg.is_ssl:
             client = self._ssl.wrap_socket(client, server_side=True, do_handshake_on_connect=False)
-            if not self._shake_hands(client):
-                return
         self.handle(endpoint, client, address)
-
-    def _shake_hands(self, client: Any) -> bool:
-        """Whether a TLS handshake comes to its end in time. Switches."""
-        try:
-            with gevent.Timeout(self.cfg.keepalive):
-                client.do_handshake()
-        except gevent.Timeout:
-            client.close()
-            return False
-        except OSError:
-            pass  # gunicorn meets it again, and says so
-        return True
 
     def _serve_express(self, endpoint: Endpoint, raw: Raw, address: Any, environ: dict[str, Any],
                        response: Any) -> None:
@@ -222,13 +181,13 @@ class PushWorker(GeventWorker):  # type: ignore[misc]
         if not alive:
             response.force_close()
         body = self.application(environ, response.start_response)
-        if type(body) is self._stream and response.chunked and self._lent < self._most_lent:
+        if type(body) is self._stream and response.chunked:
             body.subscription.abort = raw.abort
             with suppress(OSError):
-                self._open(body, response, raw)
+                self.lot.run(body, response, raw)
             return
         if type(body) is self._stream:
-            body = self._refuse() if self._lent >= self._most_lent else self._lend(body)
+            body = self.lot.lend(body)
         client = Client(endpoint, raw)
         response.sock = client
         try:
@@ -264,6 +223,7 @@ class PushWorker(GeventWorker):  # type: ignore[misc]
                 express = Express(self.cfg, sock.getsockname(), self._paths)
         if self.cfg.is_ssl:
             self._ssl = ssl_context(self.cfg)
+            self._ssl.sslsocket_class = partial(SecureClient, self.cfg.keepalive)
         server = Listener(sock, partial(self._serve, Endpoint.of(sock), express), self.service.settings.max_connections)
         server.start()
         return server

@@ -14,6 +14,7 @@ from pushsvc.auth import COOKIE, QUERY, Access, Grant
 from pushsvc.brokers.base import Broker
 from pushsvc.draft import FIELDS, check_batch, check_names, draft_of
 from pushsvc.errors import (
+    UNREAD,
     BadRequest,
     BrokerUnavailable,
     PayloadTooLarge,
@@ -36,16 +37,7 @@ def blueprint(hub: Hub, broker: Broker, access: Access) -> Blueprint:
 
     @views.post("/publish")
     def publish() -> Response:
-        try:
-            grant = _admit(access)
-            kind = _media_type(request.environ)
-            body = _body(hub.settings.max_body_bytes, hub.settings.dead_seconds)
-        except RequestTimeout:
-            raise
-        except PushError:
-            with gevent.Timeout(hub.settings.dead_seconds, False):
-                _hear_out()
-            raise
+        grant, kind, body = _receive(access, hub.settings.max_body_bytes, hub.settings.dead_seconds)
         drafts = [_form(body)] if kind == FORM else [_json(body)] if kind == JSON else \
             _lines(body, hub.settings.max_batch_events)
         check_batch(drafts, hub.settings.max_batch_events, hub.settings.max_body_bytes)
@@ -64,6 +56,25 @@ def blueprint(hub: Hub, broker: Broker, access: Access) -> Blueprint:
         return Response(answer, content_type=JSON)
 
     return views
+
+
+def _receive(access: Access, most: int, seconds: float) -> tuple[Grant, str, bytes]:
+    """Who publishes, the media type, and the body, which has to come within `seconds`, also where it is refused: who
+    sends none holds a connection. Switches."""
+    refusal: PushError = RequestTimeout(f"the body did not come within {seconds:g} s")
+    deadline = gevent.Timeout(seconds)
+    try:
+        with deadline:
+            try:
+                return _admit(access), _media_type(request.environ), _body(most)
+            except PushError as error:
+                refusal = error
+                _hear_out()
+    except gevent.Timeout as late:
+        if late is not deadline:
+            raise
+        request.environ[UNREAD] = True
+    raise refusal
 
 
 def _admit(access: Access) -> Grant:
@@ -95,18 +106,11 @@ def _media_type(environ: dict[str, Any]) -> str:
     return kind
 
 
-def _body(most: int, seconds: float) -> bytes:
-    """The whole body, which has to come within `seconds`: who sends none holds a connection. Werkzeug hands over the part
-    that it has of one that is too large or was cut off."""
+def _body(most: int) -> bytes:
+    """The whole body. Werkzeug hands over the part that it has of one that is too large or was cut off."""
     length = request.content_length or 0
     request.max_content_length = most + 1  # one more: a body in chunks that is too large shows it by its length
-    body = b""
-    if length <= most:
-        try:
-            with gevent.Timeout(seconds):
-                body = _read()
-        except gevent.Timeout:
-            raise RequestTimeout(f"the body did not come within {seconds:g} s") from None
+    body = _read() if length <= most else b""
     if max(length, len(body)) > most:
         raise PayloadTooLarge(f"the body is larger than {most} bytes")
     if len(body) < length:
