@@ -261,3 +261,25 @@ def test_access_log_that_was_asked_for_has_a_line_per_request_in_the_same_format
         assert len(eventually(entry, TIMEOUT)) == 1
         assert "GET /nothing?a=b HTTP/1.1" in entry()[0]["message"]
         assert "secret" not in server.log()
+
+
+def test_access_log_has_a_parked_stream_when_it_has_opened_and_another_when_it_ends(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    env = {"PUSHSVC_LOG_FORMAT": "json"}
+    with Server(tmp_path_factory.mktemp("asked"), workers=1, env=env, args=["--access-logfile", "-"]) as server:
+        def entries(topic: str) -> list[dict[str, Any]]:
+            return [entry for line in written(server) if (entry := parsed(line, "json"))["logger"] == "gunicorn.access"
+                    and f"topic={topic} " in entry["message"]]
+
+        def written_to() -> list[dict[str, Any]]:
+            publish(server.url, topic="lent", data="it sees that its client has gone")
+            return entries("lent")
+
+        with Stream(server.url, "parked") as parked, Stream(server.url, "lent", version="1.0") as lent:
+            parked.opened(TIMEOUT)
+            lent.opened(TIMEOUT)
+            assert len(eventually(lambda: entries("parked"), TIMEOUT)) == 1
+            assert not entries("lent")
+        eventually(written_to, TIMEOUT)
+        assert len(entries("parked")) == 1
