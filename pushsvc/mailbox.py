@@ -53,7 +53,8 @@ class Mailbox(SimpleQueue):  # type: ignore[misc]
 
     def offer(self, letter: Letter, whole: bool = False) -> bool:
         """Add `letter`; False if it does not fit, and then the mailbox is as it was, but for passing ones that have made
-        room. `whole`: it belongs to what an empty mailbox is given at once, and fits. Atomic: no switch."""
+        room. `whole`: it belongs to what an empty mailbox is given at once, of which the bytes are bounded, and only the
+        number of passing ones. Atomic: no switch."""
         older = self.queue.get(self.latest.get(letter.same)) if letter.same is not None else None
         if not self._make_room(letter, older, whole and letter.keep != KEEP_NONE):
             return letter.keep == KEEP_NONE
