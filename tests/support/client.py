@@ -272,12 +272,17 @@ class Stream:
         return [self._pop() for _ in range(len(self._messages))]
 
     def opened(self, timeout: float = 5) -> Self:
-        """Waits for what the service sends at once: a `retry` field and a comment. Returns the stream."""
+        """Waits for what the service sends at once: a `retry` field and a comment. Returns the stream.
+
+        Raises EndOfStream for a refusal, which is a stream of known length that has its end with it.
+        """
         deadline = time.monotonic() + timeout
         while self.reader.reconnection_time is None or not self.reader.comments:
             if self.ended:
                 raise EndOfStream(f"{self!r} sent {bytes(self.raw[:500])!r}")
             self._receive(deadline)
+        if "content-length" in self.headers:
+            raise EndOfStream(f"refused: {bytes(self.raw[:500])!r}")
         return self
 
     def quiet(self, seconds: float) -> None:
