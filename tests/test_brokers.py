@@ -5,7 +5,7 @@ import os
 import socket
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,8 @@ from pushsvc.errors import BrokerUnavailable
 from pushsvc.event import Draft, Event
 from pushsvc.position import Position
 from pushsvc.settings import Settings
-from tests.support.brokers import BROKERS, Side
+from tests.support.brokers import BROKERS, Open, Side
 from tests.support.wait import eventually
-
-Open = Callable[..., Side]
 
 LINES = ["", "\n", "\r", "\r\n", "\na\n", "a\r\rb\n\n", " leading and trailing ", "\ufeff", "a\x00b\x00", "\x00",
          "\u2028\x85\x0b"]

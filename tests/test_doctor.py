@@ -1,9 +1,7 @@
 """The doctor before a real service, behind real proxies that are misconfigured in one thing each, and rightly."""
 
 import contextlib
-import datetime
 import http.server
-import ipaddress
 import json
 import os
 import re
@@ -22,15 +20,12 @@ from typing import Any
 
 import jwt
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from tests.support import client
+from tests.support.certificates import certificate
 from tests.support.programs import program
 from tests.support.server import ROOT, Server, free_port
-from tests.test_proxies import Certificate, Haproxy, Nginx, PlainHaproxy, Proxy
+from tests.test_proxies import Haproxy, Nginx, PlainHaproxy, Proxy
 
 KEY = "a key of the tests that has more than 32 bytes"
 ORIGIN = "https://app.example"
@@ -275,28 +270,6 @@ def test_doctor_finds_exactly_what_is_wrong_and_names_its_line(
         finding = found.run.finding(scenario.check)
         assert (finding["file"], finding["line"]) == (str(found.config), found.line(scenario.line)), found.run.text
         assert all(finding[name] for name in ("seen", "breaks", "change"))
-
-
-def certificate(directory: Path, days: int) -> Certificate:
-    """Self-signed, for 127.0.0.1; it ends in so many days."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "push.example.com")])
-    now = datetime.datetime.now(datetime.UTC)
-    made = (
-        x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=9)).not_valid_after(now + datetime.timedelta(days=days))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    public = made.public_bytes(serialization.Encoding.PEM)
-    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
-                                serialization.NoEncryption())
-    files = Certificate(directory / "certificate.pem", directory / "key.pem", directory / "both.pem")
-    for file, content in ((files.certificate, public), (files.key, private), (files.both, public + private)):
-        file.write_bytes(content)
-    return files
 
 
 # --- Any server of event streams -------------------------------------------------------------------------

@@ -70,6 +70,17 @@ def read(far: socket.socket) -> bytes:
     return got
 
 
+def caught_up(yard: Yard, subscription: Subscription, far: socket.socket) -> bytes:
+    """What was read until the greenlet of a stream that is behind has ended; its link has not run yet."""
+    greenlet = yard.lot._behind[subscription]
+    got = b""
+    while not greenlet.dead:
+        got += read(far)
+        if not greenlet.dead:
+            gevent.sleep(0)
+    return got
+
+
 def is_gone(yard: Yard, subscription: Subscription) -> Callable[[], bool]:
     return lambda: subscription.fd < 0 and not yard.lot.behind and not len(yard.hub)
 
@@ -90,12 +101,7 @@ def test_stream_that_is_told_its_end_while_it_is_behind_and_then_hangs_up_is_rel
 def test_stream_that_is_closed_in_the_pass_in_which_it_has_caught_up_ends_clean(yard: Yard) -> None:
     subscription, far = yard.parked()
     yard.say(LARGE)
-    greenlet = yard.lot._behind[subscription]
-    got = b""
-    while not greenlet.dead:
-        got += read(far)
-        if not greenlet.dead:
-            gevent.sleep(0)
+    got = caught_up(yard, subscription, far)
     assert subscription in yard.lot._behind, "its link has not run"
     yard.hub.close(subscription, DRAIN, 123)
     eventually(is_gone(yard, subscription), message="it is released")
@@ -108,12 +114,7 @@ def test_stream_that_is_closed_in_the_pass_in_which_it_has_caught_up_ends_clean(
 def test_event_in_the_pass_in_which_a_stream_has_caught_up_is_not_lost(yard: Yard) -> None:
     subscription, far = yard.parked()
     yard.say(LARGE)
-    greenlet = yard.lot._behind[subscription]
-    got = b""
-    while not greenlet.dead:
-        got += read(far)
-        if not greenlet.dead:
-            gevent.sleep(0)
+    caught_up(yard, subscription, far)
     assert subscription.mailbox is not None
     late = Event(next(yard._seqs), 0.0, ("a",), "message", "late", "all", "", None)
     subscription.offer([Wire(late, yard.hub.epoch).letter()])

@@ -1,11 +1,9 @@
 """Real nginx and HAProxy, with the configurations that the project ships, in front of the real service."""
 
 import contextlib
-import datetime
 import gzip
 import http.client
 import http.server
-import ipaddress
 import json
 import os
 import re
@@ -17,18 +15,14 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jwt
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
-from tests.support import client
+from tests.support import certificates, client
+from tests.support.certificates import Certificate
 from tests.support.client import Stream
 from tests.support.programs import program
 from tests.support.server import Server, free_port
@@ -51,15 +45,6 @@ BEARER = {"Authorization": f"Bearer {TOKEN}"}
 
 
 # --- The proxies -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """Self-signed, for 127.0.0.1. `both`: certificate and key in one file."""
-
-    certificate: Path
-    key: Path
-    both: Path
 
 
 class Proxy:
@@ -210,26 +195,7 @@ PROXIES = [Nginx, Haproxy]
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
-    directory = tmp_path_factory.mktemp("certificate")
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "push.example.com")])
-    now = datetime.datetime.now(datetime.UTC)
-    made = (
-        x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    certificate_pem = made.public_bytes(serialization.Encoding.PEM)
-    key_pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
-                                serialization.NoEncryption())
-    files = Certificate(directory / "certificate.pem", directory / "key.pem", directory / "both.pem")
-    files.certificate.write_bytes(certificate_pem)
-    files.key.write_bytes(key_pem)
-    files.both.write_bytes(certificate_pem + key_pem)
-    return files
+    return certificates.certificate(tmp_path_factory.mktemp("certificate"))
 
 
 @pytest.fixture(scope="module")

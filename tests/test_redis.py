@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,44 +23,21 @@ from pushsvc.event import Draft
 from pushsvc.position import Position
 from pushsvc.publisher import Publisher
 from pushsvc.settings import Settings, hide
-from tests.support.brokers import Side, data, put
+from tests.support.brokers import Open, Side, data, put
 from tests.support.client import Stream, request
 from tests.support.fire import epoch_of, seq_of
 from tests.support.redis import Redis
 from tests.support.server import ROOT, Server
 from tests.support.wait import eventually
 
-Open = Callable[..., Side]
+pytest_plugins = ["tests.support.sides"]
 TIMEOUT = 30
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Redis]:
-    with Redis(tmp_path / "redis") as server:
-        yield server
 
 
 @pytest.fixture
 def durable(tmp_path: Path) -> Iterator[Redis]:
     with Redis(tmp_path / "redis", durable=True) as server:
         yield server
-
-
-@pytest.fixture
-def opened() -> Iterator[Open]:
-    with contextlib.ExitStack() as stack:
-        def open_side(server: Redis, **changes: Any) -> Side:
-            side = Side(server.url, **changes)
-            stack.callback(side.broker.close)
-            return side
-
-        yield open_side
-
-
-@pytest.fixture
-def publisher(server: Redis) -> Iterator[Publisher]:
-    with Publisher(server.url) as publisher:
-        yield publisher
 
 
 def put_until_it_goes(side: Side, text: str) -> Position:

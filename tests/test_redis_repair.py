@@ -2,8 +2,7 @@
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gevent
@@ -14,43 +13,20 @@ from pushsvc.brokers import redis_reader
 from pushsvc.errors import BrokerUnavailable
 from pushsvc.event import Draft
 from pushsvc.publisher import Publisher
-from tests.support.brokers import Side, data, put
+from tests.support.brokers import Open, Side, data, put
 from tests.support.fire import seq_of
 from tests.support.redis import Redis
 from tests.support.wait import eventually
 
-Open = Callable[..., Side]
+pytest_plugins = ["tests.support.sides"]
 TIMEOUT = 30
 WIDE = ("a", *(f"t{number}" for number in range(40)))  # an event of so many topics is fetched
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Redis]:
-    with Redis(tmp_path / "redis") as server:
-        yield server
 
 
 @pytest.fixture
 def client(server: Redis) -> Iterator[Any]:
     with contextlib.closing(server.client()) as client:
         yield client
-
-
-@pytest.fixture
-def opened() -> Iterator[Open]:
-    with contextlib.ExitStack() as stack:
-        def open_side(server: Redis, **changes: Any) -> Side:
-            side = Side(server.url, **changes)
-            stack.callback(side.broker.close)
-            return side
-
-        yield open_side
-
-
-@pytest.fixture
-def publisher(server: Redis) -> Iterator[Publisher]:
-    with Publisher(server.url) as publisher:
-        yield publisher
 
 
 def reader_of(side: Side) -> Any:

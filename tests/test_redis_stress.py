@@ -5,7 +5,6 @@ import contextlib
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +17,13 @@ from pushsvc.brokers.redis_address import parse_address
 from pushsvc.errors import BrokerUnavailable
 from pushsvc.event import Draft, Event
 from pushsvc.publisher import Publisher
-from tests.support.brokers import WATCHED, Side, data, put
+from tests.support.brokers import WATCHED, Open, Side, data, put
 from tests.support.redis import Redis
 from tests.support.server import ROOT
 from tests.support.wait import eventually
 
-Open = Callable[..., Side]
+pytest_plugins = ["tests.support.sides"]
 TIMEOUT = 30
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Redis]:
-    with Redis(tmp_path / "redis") as server:
-        yield server
-
-
-@pytest.fixture
-def opened() -> Iterator[Open]:
-    with contextlib.ExitStack() as stack:
-        def open_side(server: Redis, **changes: Any) -> Side:
-            side = Side(server.url, **changes)
-            stack.callback(side.broker.close)
-            return side
-
-        yield open_side
-
-
-@pytest.fixture
-def publisher(server: Redis) -> Iterator[Publisher]:
-    with Publisher(server.url) as publisher:
-        yield publisher
 
 
 # --- history

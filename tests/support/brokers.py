@@ -105,3 +105,6 @@ class Side:
 
     def missing(self, *topics: str, after: int = 0) -> int:
         return self.broker.history(topics, after, 1).missing
+
+
+Open = Callable[..., Side]  # a Side of a server, with changed settings
