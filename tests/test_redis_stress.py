@@ -36,17 +36,44 @@ def test_a_page_ends_where_an_event_has_no_room_also_if_a_later_one_would_have(s
     assert [event.data[0] for event in side.history("a")] == ["0", "1", "2", "3"]
 
 
-def test_a_full_server_is_read_also_when_events_are_too_old(server: Redis, opened: Open) -> None:
+@pytest.mark.parametrize(("setting", "value", "takes_away"), [
+    ("maxmemory", "1mb", True), ("min-replicas-to-write", "1", False)])
+def test_a_server_that_takes_no_writes_is_read_also_when_events_are_too_old(
+        setting: str, value: str, takes_away: bool, server: Redis, opened: Open) -> None:
     side = opened(server, history_seconds=1)
     for number in range(5):
         side.broker.append([Draft(("a", "b"), str(number))])
     gevent.sleep(1.1)
     with contextlib.closing(server.client()) as client:
         assert not side.history("c"), "the first look at the time is over"
-        client.config_set("maxmemory", "1mb")
+        late = put(side, "late", "b")
+        client.config_set(setting, value)
+        with pytest.raises(BrokerUnavailable):
+            put(side, "refused")
+        assert [event.data for event in side.history("a", "b")] == ["late"]
+        assert (side.missing("a"), side.missing("b")) == (5, 5)
+        assert side.missing("b", after=5) == 0
+        gevent.sleep(1.1)
         assert not side.history("a", "b")
-        assert side.missing("b") == 5
-        assert not client.keys("pushsvc:e:*")
+        assert side.missing("b") == late.seq
+        assert (client.xlen("pushsvc:t:b") == 0) is takes_away
+
+
+@pytest.mark.parametrize("topic", ["held", "idle"])
+def test_a_full_server_goes_on_by_itself_when_its_events_are_too_old(topic: str, server: Redis, opened: Open) -> None:
+    """Nobody reads, and what is asked of it is refused: those refusals make room."""
+    side = opened(server, history_seconds=1)
+    topics = [f"t{number}" for number in range(200)] if topic == "idle" else ["held"]
+    side.broker.append([Draft((topics[number % len(topics)],), "x" * 10_000) for number in range(200)])
+    put(side, "x" * 10_000, "newer")
+    with contextlib.closing(server.client()) as client:
+        client.config_set("maxmemory", client.info("memory")["used_memory"] - 1_000_000)
+        with pytest.raises(BrokerUnavailable, match="maxmemory"):
+            put(side, "refused", "held")
+        assert not side.missing(topics[0]), "nothing leaves before its time"
+        eventually(lambda: put(side, "again", "held"), TIMEOUT)
+        assert [event.data for event in side.history("held", "newer")] == ["again"]
+        eventually(lambda: not side.broker.check(), TIMEOUT)  # type: ignore[func-returns-value]
 
 
 def test_an_event_that_is_published_again_is_acknowledged_only_when_replicas_have_it(

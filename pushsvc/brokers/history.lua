@@ -1,4 +1,5 @@
--- The first events after a position that the histories of some topics hold, read at one moment.
+-- The first events after a position that the histories of some topics hold, read at one moment. What is too old is
+-- passed over, and taken away if the server lets itself be written to: it is read also where it does not.
 -- ARGV: the sequence after which, the last one that is asked for (0: no such bound), most events, most bytes, topics.
 -- Returns EPOCH, newest sequence that retention has taken from these topics, whether there are more (0 or 1), and for
 -- each event: sequence, topics (each on a line), BODY.
@@ -8,7 +9,19 @@ local log = open_log()
 if not log then
   return redis.error_reply('NOLOG there is no log here')
 end
-advance(log, clock())
+local now = clock()
+local cut, due = too_old(log, now)
+local writable
+local function may_write()
+  if writable == nil then
+    -- Also a full Redis takes this, and then all that follows it.
+    writable = type(redis.pcall('DEL', P .. 'none')) == 'number'
+  end
+  return writable
+end
+if (cut ~= log.cut or due ~= log.due) and may_write() then
+  advance(log, now)
+end
 
 local found, order, bytes, more = {}, {}, 0, 0
 local last = upto > 0 and upto or nil -- nothing after it belongs to this page
@@ -54,9 +67,17 @@ end
 local missing = 0
 for place = 5, #ARGV do
   local topic = ARGV[place]
-  trim_old(log, topic)
   missing = math.max(missing, tonumber(redis.call('ZSCORE', LOST, topic) or log.floor))
-  local from, count = after + 1, 8
+  if cut > 0 then
+    local old = redis.call('XREVRANGE', P .. 't:' .. topic, text(cut), '-', 'COUNT', 1)[1]
+    if old then
+      missing = math.max(missing, tonumber(string.match(old[1], '^%d+')))
+      if may_write() then
+        trim_old(log, topic)
+      end
+    end
+  end
+  local from, count = math.max(after, cut) + 1, 8
   while true do
     local entries = redis.call('XRANGE', P .. 't:' .. topic, text(from), last and text(last) or '+', 'COUNT', count)
     for _, entry in ipairs(entries) do

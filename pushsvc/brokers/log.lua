@@ -1,8 +1,8 @@
 -- The log in Redis: its keys, and what every script of it shares. All keys begin with the prefix P (KEYS[1]).
 --
 --   P log      HASH    epoch, seq: the position of the newest event; run: the server's life in which the epoch began;
---                      start: the sequence that the epoch began after; at: when the newest event was published; events, age, window: what retention and idempotency
---                      ask (events per topic, ms, s); cut: newest sequence that is too old for history; check: when
+--                      start: the sequence that the epoch began after; at: when the newest event was published;
+--                      events, age, window: what retention and idempotency ask (events per topic, ms, s); cut: newest sequence that is too old for history; check: when
 --                      the newest entry of P ages was made; due: when the oldest one is due, 0: never; swept: how far idle
 --                      topics have been swept; floor: newest sequence whose mark P lost has forgotten
 --   P past     HASH    earlier epoch -> the sequence at which it ended; numbers go on through all epochs
@@ -24,7 +24,8 @@
 local P = KEYS[1]
 local LOG, AGES, LAST, LOST = P .. 'log', P .. 'ages', P .. 'last', P .. 'lost'
 local MARKS = 100000
-local SWEEP = 4
+local SWEEP = 4 -- topics that a publish takes away
+local SWEEP_FULL = 64 -- and one that a full Redis refuses
 
 local function text(number)
   return string.format('%.0f', number)
@@ -54,33 +55,35 @@ local function open_log()
   return log
 end
 
--- Events up to log.cut are too old for history.
-local function advance(log, now)
-  local cut = log.cut
+-- The newest sequence that is too old for history, when the next ones will be (0: there are none), and how many entries
+-- of P ages say nothing more. Writes nothing.
+local function too_old(log, now)
   if log.at + log.age <= now then
-    if log.cut == log.seq then
-      return
+    return log.seq, 0, -1
+  end
+  local cut, due, gone = log.cut, log.due, 0
+  while due > 0 and due <= now do
+    local seq, at = string.match(redis.call('LINDEX', AGES, gone) or '', '^(%d+) (%d+)$')
+    due = seq and tonumber(at) + log.age or 0
+    if due > 0 and due <= now then
+      cut, gone = math.max(cut, tonumber(seq)), gone + 1
     end
-    log.cut = log.seq
-    redis.call('DEL', AGES)
-    log.due = 0
-  elseif log.due > 0 and log.due <= now then
-    log.due = 0
-    local oldest = redis.call('LINDEX', AGES, 0)
-    while oldest do
-      local seq, at = string.match(oldest, '^(%d+) (%d+)$')
-      if tonumber(at) + log.age > now then
-        log.due = tonumber(at) + log.age
-        break
-      end
-      log.cut = math.max(log.cut, tonumber(seq))
-      redis.call('LPOP', AGES)
-      oldest = redis.call('LINDEX', AGES, 0)
-    end
-  else
+  end
+  return cut, due, gone
+end
+
+local function advance(log, now)
+  local cut, due, gone = too_old(log, now)
+  if cut == log.cut and due == log.due then
     return
   end
-  write('HSET', LOG, 'cut', text(log.cut), 'due', text(log.due))
+  log.cut, log.due = cut, due
+  if gone < 0 then
+    redis.call('DEL', AGES)
+  else
+    redis.call('LTRIM', AGES, gone, -1)
+  end
+  redis.call('HSET', LOG, 'cut', text(cut), 'due', text(due))
 end
 
 -- What an entry of a topic's history leaves behind when it goes: its share of an event of several topics, and its key.
@@ -139,11 +142,11 @@ local function trim_many(log, topic, length)
 end
 
 -- Topics that nobody has published to since log.cut leave, some at a time.
-local function sweep(log)
+local function sweep(log, most)
   if log.swept >= log.cut then
     return
   end
-  local idle = redis.call('ZRANGE', LAST, 0, SWEEP - 1, 'WITHSCORES')
+  local idle = redis.call('ZRANGE', LAST, 0, most - 1, 'WITHSCORES')
   for place = 1, #idle, 2 do
     if tonumber(idle[place + 1]) > log.cut then
       break

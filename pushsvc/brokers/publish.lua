@@ -1,6 +1,7 @@
 -- Appends events, all or none, in one stretch of the order, and tells those who listen.
 -- ARGV: C, the idempotency key or an empty string, then for each event: how many topics, the topics, KEEP, KEY, and
--- BODY without its first line. Returns "EPOCH FIRST COUNT"; without events it only tries whether it can write.
+-- BODY without its first line. Returns "EPOCH FIRST COUNT"; without events it only tries whether it can write. A full
+-- Redis refuses it, and is rid of what is too old in these topics, and in some that are idle.
 
 local C, idempotency = ARGV[1], ARGV[2]
 local INLINE = 32 -- an event of more topics is not sent with each of its messages, but fetched once
@@ -16,10 +17,6 @@ if idempotency ~= '' then
     return answer
   end
 end
-if not ARGV[3] then
-  redis.call('HSET', LOG, 'probe', text(clock()))
-  return log.epoch .. ' ' .. text(log.seq + 1) .. ' 0'
-end
 
 local now = clock()
 local first, count, at = log.seq + 1, 0, 3
@@ -27,8 +24,35 @@ while ARGV[at] do
   count = count + 1
   at = at + tonumber(ARGV[at]) + 4
 end
+
+local function make_room()
+  redis.call('DEL', P .. 'none') -- a full Redis lets a script go on that begins so
+  advance(log, now)
+  at = 3
+  while ARGV[at] do
+    for place = 1, tonumber(ARGV[at]) do
+      trim_old(log, ARGV[at + place])
+    end
+    at = at + tonumber(ARGV[at]) + 4
+  end
+  sweep(log, SWEEP_FULL)
+end
+
 -- The first thing written is one that a full Redis refuses: from then on it lets this script end.
-redis.call('HSET', LOG, 'seq', text(log.seq + count), 'at', text(now))
+local written
+if count > 0 then
+  written = redis.pcall('HSET', LOG, 'seq', text(log.seq + count), 'at', text(now))
+else
+  written = redis.pcall('HSET', LOG, 'probe', text(now))
+end
+if type(written) == 'table' then
+  if string.find(written.err, 'OOM', 1, true) then
+    make_room()
+  end
+  return written
+elseif count == 0 then
+  return log.epoch .. ' ' .. text(first) .. ' 0'
+end
 if idempotency ~= '' then
   redis.call('SET', P .. 'i:' .. idempotency, log.epoch .. ' ' .. text(first) .. ' ' .. count, 'EX', log.window)
 end
@@ -96,5 +120,5 @@ for number = 0, count - 1 do
   append(text(first + number), topics, ARGV[at + many + 1], ARGV[at + many + 2], ARGV[at + many + 3])
   at = at + many + 4
 end
-sweep(log)
+sweep(log, SWEEP)
 return log.epoch .. ' ' .. text(first) .. ' ' .. count
