@@ -276,6 +276,80 @@ def test_read_only_setting_is_a_finding(machine: Machine) -> None:
     assert machine.sysctls()["net/core/somaxconn"] == "77"
 
 
+def put(root: Path, name: str, text: str) -> Path:
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def limit_of(said: str, name: str) -> dict[str, Any]:
+    (found,) = [each for each in json.loads(said)["limits"] if each["name"] == name]
+    return found
+
+
+@pytest.mark.parametrize(("name", "line"), [
+    ("etc/sysctl.conf", "net.core.somaxconn = 128"),
+    ("etc/sysctl.d/99-other.conf", "net/core/somaxconn=128"),
+    ("run/sysctl.d/70-other.conf", " -net.core.somaxconn = 128 "),
+    ("usr/lib/sysctl.d/99-other.conf", "net.core.somaxconn\t=\t128"),
+])
+def test_file_that_sets_it_too_low_at_the_next_boot_is_told_with_its_line(
+    machine: Machine, name: str, line: str
+) -> None:
+    other = put(machine.root, name, f"# an admin's own\n; net.core.somaxconn = 1\n{line}\n")
+
+    code, said = machine.run("apply")
+
+    assert code == SMALL, said
+    assert f"{other}:3 sets it to 128 at boot" in said
+    code, said = machine.run("check", "--json")
+    assert code == SMALL
+    found = limit_of(said, "net.core.somaxconn")
+    assert (found["state"], found["have"]) == ("undone", [8192])
+    assert found["boot"] == {"file": str(other), "line": 3, "value": [128]}
+    other.write_text("net.core.somaxconn = 20000\n")
+    assert machine.run("check")[0] == ENOUGH
+
+
+SOMAXCONN = "net.core.somaxconn = 128\n"
+HARMLESS = {
+    "sorts before ours": {"etc/sysctl.d/10-other.conf": SOMAXCONN, "usr/lib/sysctl.d/50-other.conf": SOMAXCONN},
+    "is put out by one of its name": {"usr/lib/sysctl.d/99-other.conf": SOMAXCONN, "run/sysctl.d/99-other.conf": "\n",
+                                      "run/sysctl.d/98-other.conf": SOMAXCONN, "etc/sysctl.d/98-other.conf": ""},
+    "has ours as its name": {"run/sysctl.d/60-pushsvc.conf": SOMAXCONN},
+    "is undone by the last": {"etc/sysctl.d/99-other.conf": SOMAXCONN, "etc/sysctl.conf": "net.core.somaxconn = 9000\n"},
+    "is of another kind": {"etc/sysctl.d/99-other.txt": SOMAXCONN, "etc/sysctl.d/99-glob.conf": "net.core.* = 1\n"},
+}
+
+
+@pytest.mark.parametrize("files", HARMLESS.values(), ids=HARMLESS)
+def test_file_without_the_last_word_at_boot_is_not_told(machine: Machine, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        put(machine.root, name, text)
+    assert machine.run("apply")[0] == ENOUGH
+    assert limit_of(machine.run("check", "--json")[1], "net.core.somaxconn")["boot"] is None
+
+
+def test_earlier_file_that_sets_it_too_low_at_boot_is_overruled_by_ours(machine: Machine) -> None:
+    put(machine.root, "etc/sysctl.d/50-other.conf", SOMAXCONN)
+    machine.sh("sh", "-c", "echo 9000 > /proc/sys/net/core/somaxconn")
+
+    assert "50-other.conf:1 sets it to 128 at boot" in machine.run("check")[1]
+    assert machine.run("apply")[0] == ENOUGH
+    assert "net.core.somaxconn = 9000\n" in (machine.root / FILES[1]).read_text()
+
+
+def test_links_of_an_image_lead_to_places_in_it(machine: Machine) -> None:
+    put(machine.root, "etc/other.conf", SOMAXCONN)
+    folder = machine.root / "etc/sysctl.d"
+    folder.mkdir()
+    (folder / "98-masked.conf").symlink_to("/dev/null")
+    (folder / "99-sysctl.conf").symlink_to("/etc/other.conf")
+    machine.run("apply")
+    assert "99-sysctl.conf:1 sets it to 128 at boot" in machine.run("check")[1]
+
+
 # --- Without a machine of its own ------------------------------------------------------------------------
 
 
@@ -308,10 +382,11 @@ def test_json_has_each_limit_with_its_reason(needs: Any) -> None:
     assert about.items() <= found.items()
     assert [each["name"] for each in found["limits"]] == [limit.name for limit in needs.LIMITS]
     for each in found["limits"]:
-        assert set(each) == {"name", "unit", "have", "need", "state", "note", "why", "without"}
-        assert each["state"] in ("enough", "small", "later", "unused", "absent")
+        assert set(each) == {"name", "unit", "have", "need", "state", "note", "boot", "why", "without"}
+        assert each["state"] in ("enough", "small", "undone", "later", "unused", "absent")
         assert all(type(number) is int for number in [*(each["have"] or []), *each["need"]])
-    assert done.returncode == (SMALL if any(each["state"] == "small" for each in found["limits"]) else ENOUGH)
+    assert done.returncode == (
+        SMALL if any(each["state"] in ("small", "undone") for each in found["limits"]) else ENOUGH)
 
 
 @pytest.mark.parametrize("action", ["apply", "revert"])

@@ -4,8 +4,8 @@
   apply   raises what is too small: now, and over a restart by one file each for sysctl, logins and the unit
   revert  puts all back as it was before the first apply
 
-Exit codes: 0 all is enough, or done; 1 something is too small, or was left; 2 wrong usage; 3 it could not be done;
-4 done, and something was changed (only with --exit-code). docs/limits/README.md tells more.
+Exit codes: 0 all is enough, or done; 1 something is too small, now or at the next boot, or was left; 2 wrong usage;
+3 it could not be done; 4 done, and something was changed (only with --exit-code). docs/limits/README.md tells more.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import json
 import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import boot
 import change
 import places
 import system
@@ -29,29 +30,43 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pushsvc.settings import Settings  # the numbers of the service have their home there
 
-ENOUGH, SMALL, LATER, UNUSED, ABSENT = "enough", "small", "later", "unused", "absent"
+ENOUGH, SMALL, UNDONE, LATER, UNUSED, ABSENT = "enough", "small", "undone", "later", "unused", "absent"
 OK, TOO_SMALL, USAGE, FAILED, CHANGED = range(5)
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One limit, as it is here. have: None where the kernel has none of that name. note: what else there is to say."""
+    """One limit, as it is here. have: None where the kernel has none of that name. note: what else there is to say.
+    boot: the line that sets it too low at the next boot, and is not ours; None for none."""
 
     limit: Limit
     have: Need | None
     need: Need
     state: str
     note: str
+    boot: boot.Word | None
 
     def as_json(self) -> dict[str, Any]:
         return {"name": self.limit.name, "unit": self.limit.unit, "have": self.have, "need": self.need,
-                "state": self.state, "note": self.note, "why": self.limit.why, "without": self.limit.without}
+                "state": self.state, "note": self.note, "boot": self.boot and self.boot.as_json(),
+                "why": self.limit.why, "without": self.limit.without}
 
 
-def look(limit: Limit, target: Target, options: argparse.Namespace) -> Finding:
+def look(limit: Limit, target: Target, options: argparse.Namespace, words: Mapping[str, boot.Word]) -> Finding:
     need, have = limit.need(target), system.have(limit.name, options.pid)
     state, note = _judge(limit, target, have, need, options)
-    return Finding(limit, have, need, state, note)
+    word = words.get(limit.name)
+    if word is None or word.file == options.root / places.SYSCTLS or _holds(limit, word.value, need):
+        word = None
+    elif state in (ENOUGH, ABSENT):
+        state = UNDONE
+    return Finding(limit, have, need, state, note, word)
+
+
+def _holds(limit: Limit, value: Need, need: Need) -> bool:
+    """Whether a line of a file sets enough. Of several numbers it may name the first ones only."""
+    count = min(len(value), len(need))
+    return limit.is_enough((*value[:count], *need[count:]), need)
 
 
 def _judge(limit: Limit, target: Target, have: Need | None, need: Need, options: argparse.Namespace) -> tuple[str, str]:
@@ -71,7 +86,8 @@ def _judge(limit: Limit, target: Target, have: Need | None, need: Need, options:
 
 
 def check(target: Target, options: argparse.Namespace) -> list[Finding]:
-    return [look(limit, target, options) for limit in LIMITS]
+    words, _ = boot.last_words(options.root)
+    return [look(limit, target, options, words) for limit in LIMITS]
 
 
 def apply(target: Target, options: argparse.Namespace, done: list[str]) -> None:
@@ -82,8 +98,10 @@ def apply(target: Target, options: argparse.Namespace, done: list[str]) -> None:
         state.written = {found.limit.name: list(found.limit.joined(found.have or found.need, found.need))
                          for found in findings}
     for found in [] if options.no_sysctl else findings:
-        if found.state == SMALL and found.have is not None and not found.note:
-            value = found.limit.joined(found.have, found.need)
+        value = found.limit.joined(found.have or found.need, found.need)
+        if found.state == UNDONE:
+            state.written[found.limit.name] = list(value)  # our file may be the later one
+        elif found.state == SMALL and found.have is not None and not found.note:
             change.raise_sysctl(state, found.limit.name, found.have, value, done.append)
     written = {name: tuple(value) for name, value in state.written.items()}
     contents = places.contents(target, written, options.root, options.user, Settings().backlog, bool(options.workers))
@@ -151,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if done:
             print("limits: what was done before can be taken back with revert", file=sys.stderr)
         return FAILED
-    if left or any(each.state == SMALL for each in findings):
+    if left or any(each.state in (SMALL, UNDONE) for each in findings):
         return TOO_SMALL
     return CHANGED if options.exit_code and done else OK
 
@@ -163,7 +181,7 @@ def _refuse_without_root(options: argparse.Namespace) -> None:
 
 
 def _notes(target: Target, findings: Sequence[Finding], options: argparse.Namespace) -> list[str]:
-    notes = []
+    notes = boot.last_words(options.root)[1] if findings else []
     if findings and addresses(target) > 1:
         notes.append(f"one address has not enough ports for so many streams: let the service listen on "
                      f"{addresses(target)} (PUSHSVC_BIND) and name each in the proxy")
@@ -180,8 +198,11 @@ def _print(target: Target, options: argparse.Namespace, findings: Sequence[Findi
               f"{target.memory_bytes / 1e9:.1f} GB of memory\n")
     for each in findings:
         have = "-" if each.have is None else system.text(each.have)
-        shown = have if each.state == ENOUGH else f"{have}, needs {system.text(each.need)}"
+        shown = have if each.state in (ENOUGH, UNDONE) else f"{have}, needs {system.text(each.need)}"
         print(f"{each.state:8}{each.limit.name:36}{shown}{f' ({each.note})' if each.note else ''}")
+        if each.boot:
+            print(f"        {each.boot.file}:{each.boot.line} sets it to {system.text(each.boot.value)} at boot: "
+                  f"take that line out, or raise it to {system.text(each.need)}")
         if each.state == SMALL:
             text = f"{each.limit.why} Too small: {each.limit.without}"
             print(textwrap.fill(text, 100, initial_indent=" " * 8, subsequent_indent=" " * 8))
