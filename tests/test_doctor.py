@@ -464,6 +464,15 @@ def test_streams_that_have_no_descriptors_are_found_and_what_would_do_fits(place
     assert "descriptors" in process(place, "--streams", "5000", descriptors=int(enough[1]) - 1).checks
 
 
+def test_descriptors_for_the_even_share_of_a_worker_are_not_enough(place: Path) -> None:
+    even, uneven = 5000 // 2 + 1000 + 64, 2675 + 1000 + 64
+
+    found = process(place, "--streams", "5000", descriptors=even).finding("descriptors")
+
+    assert "fullest gets 2675" in found["seen"]
+    assert f"LimitNOFILE={uneven}; or WEB_CONCURRENCY=3" in found["change"]
+
+
 @pytest.mark.parametrize(("span", "found"), [("20", True), ("20s", True), ("0min 20 s", True), ("45s", False),
                                              ("1min", False), ("infinity", False)])
 def test_stop_of_the_unit_that_is_too_short_is_found_however_it_is_written(span: str, found: bool, place: Path) -> None:

@@ -88,7 +88,7 @@ def tool(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
 # --- What is computed ------------------------------------------------------------------------------------
 
 COMPUTED = {
-    "nofile": [((1000, 1), (2134,)), ((200_000, 4), (54_564,)), ((1_000_000, 54), (20_879,))],
+    "nofile": [((1000, 1), (2064,)), ((200_000, 4), (54_564,)), ((1_000_000, 54), (20_879,))],
     "fs.nr_open": [((1000, 1), (3000,)), ((200_000, 4), (401_000,))],
     "fs.file-max": [((1000, 1), (103_000,)), ((200_000, 4), (700_000,))],
     "net.core.somaxconn": [((100, 2), (512,)), ((10_000, 2), (8192,)), ((1_000_000, 1), (65_535,))],
@@ -152,6 +152,7 @@ def test_workers_that_have_descriptors_enough_are_counted(needs: Any) -> None:
     target = needs.Target(streams=100_000, workers=2, connections=1000, proxy=True, memory_bytes=GIB)
     assert needs.workers_for(target, 20_000) == 6
     assert needs.workers_for(target, 1000) == 0
+    assert needs.workers_for(target, 101_064) == 1, "one has them all: none of them is the fullest"
 
 
 # --- check, apply, revert --------------------------------------------------------------------------------

@@ -11,16 +11,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import checks
-import path
-import process
-import visit
-from finding import Report
-from host import HostError
-from wire import parse
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT))  # what the service and other tools of the house reckon with has its home there
+
+import checks  # noqa: E402
+import path  # noqa: E402
+import process  # noqa: E402
+import visit  # noqa: E402
+from finding import Report  # noqa: E402
+from host import HostError  # noqa: E402
+from wire import parse  # noqa: E402
 
 CLEAN, FOUND, UNEXAMINED, BROKEN_OFF = 0, 1, 3, 130  # 2 is argparse's
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,8 @@ import host
 from finding import Finding
 from host import Limits, Log, Service
 
-KEPT = 64  # descriptors that a worker needs for itself
+from ops.limits import needs
+
 STOP_MARGIN = 5  # seconds that the master needs after its workers
 WORKER = "PushWorker"
 LOOPBACK = ("127.", "::1", "localhost")
@@ -65,7 +66,7 @@ class Seen:
 def streams_of(seen: Seen) -> int:
     """How many streams one worker takes."""
     asked, connections = int(seen.service.settings["max_streams"]), int(seen.service.settings["max_connections"])
-    most = max(1, _descriptors_of(seen) - connections - KEPT)
+    most = max(1, _descriptors_of(seen) - connections - needs.OWN_DESCRIPTORS)
     return min(asked or most, most)
 
 
@@ -74,9 +75,15 @@ def _descriptors_of(seen: Seen) -> int:
 
 
 def _needed(seen: Seen) -> int:
-    """Descriptors that each worker needs for the streams that are expected."""
+    """Descriptors that each worker needs for the streams that are expected, and for those that it is told to take."""
     asked, connections = int(seen.service.settings["max_streams"]), int(seen.service.settings["max_connections"])
-    return max(asked, -(-seen.asked.streams // int(seen.service.gunicorn["workers"]))) + connections + KEPT
+    return max(needs.descriptors(seen.asked.streams, _workers(seen), connections),
+               needs.descriptors(asked, 1, connections))
+
+
+def _workers(seen: Seen) -> int:
+    """Those that there are, or at least should be."""
+    return max(1, int(seen.service.gunicorn["workers"]))
 
 
 def _start(seen: Seen) -> Iterator[Finding]:
@@ -132,22 +139,23 @@ def _patch(seen: Seen) -> Iterator[Finding]:
 
 
 def _descriptors(seen: Seen) -> Iterator[Finding]:
-    workers, each, wanted = seen.service.gunicorn["workers"], streams_of(seen), seen.asked.streams
-    asked = seen.service.settings["max_streams"]
-    if workers * each >= wanted and each >= asked:
+    workers, each, wanted = _workers(seen), streams_of(seen), seen.asked.streams
+    asked, fullest = seen.service.settings["max_streams"], needs.fullest(wanted, workers)
+    if each >= max(fullest, asked):
         return
     bounded = each == asked
     raised = f" and sysctl fs.nr_open={_needed(seen)}" if _needed(seen) > seen.limits.nr_open else ""
-    yield Finding("descriptors", f"{workers} workers of {each} streams take {workers * each}, {wanted} are expected; a "
-                  f"worker may have {_descriptors_of(seen)} descriptors ({seen.limits.descriptors_from})",
+    yield Finding("descriptors", f"{workers} workers take {each} streams each; of the {wanted} that are expected the "
+                  f"fullest gets {fullest}; a worker may have {_descriptors_of(seen)} descriptors "
+                  f"({seen.limits.descriptors_from})",
                   "clients beyond that are told to come back, for ever",
-                  f"PUSHSVC_MAX_STREAMS={-(-wanted // workers)}" if bounded else
-                  f"LimitNOFILE={_needed(seen)}{raised}; or WEB_CONCURRENCY={-(-wanted // each)}",
+                  f"PUSHSVC_MAX_STREAMS={fullest}" if bounded else
+                  f"LimitNOFILE={_needed(seen)}{raised}; or WEB_CONCURRENCY={needs.workers_holding(wanted, each)}",
                   *(seen.of_service("PUSHSVC_MAX_STREAMS") if bounded else seen.of_unit("LimitNOFILE")))
 
 
 def _file_max(seen: Seen) -> Iterator[Finding]:
-    needed = seen.service.gunicorn["workers"] * _needed(seen)
+    needed = _workers(seen) * _needed(seen)
     if needed > seen.limits.file_max:
         yield Finding("file_max", f"fs.file-max is {seen.limits.file_max}; the workers need {needed} descriptors",
                       "no process of the machine can open anything any more", f"fs.file-max = {2 * needed}", SYSCTL)

@@ -90,20 +90,35 @@ def queue(target: Target) -> int:
     return min(MOST_QUEUE, max(LEAST_QUEUE, power(target.streams / target.workers)))
 
 
-def descriptors(target: Target) -> int:
-    """Of one worker."""
-    return math.ceil(target.streams / target.workers * UNEVEN) + target.connections + OWN_DESCRIPTORS
+def fullest(streams: int, workers: int) -> int:
+    """Streams of the fullest worker: the kernel draws a worker for each connection."""
+    return math.ceil(streams / workers * UNEVEN) if workers > 1 else streams
+
+
+def descriptors(streams: int, workers: int, connections: int) -> int:
+    """Of the fullest worker."""
+    return fullest(streams, workers) + connections + OWN_DESCRIPTORS
+
+
+def workers_holding(streams: int, each: int) -> int:
+    """How many workers hold the streams, if one takes `each`, which is at least 1."""
+    return 1 if streams <= each else math.ceil(streams * UNEVEN / each)
 
 
 def workers_for(target: Target, nofile: int) -> int:
     """How many workers hold the streams with so many descriptors each; 0: no number of them."""
-    streams = nofile - target.connections - OWN_DESCRIPTORS
-    return math.ceil(target.streams * UNEVEN / streams) if streams > 0 else 0
+    each = nofile - target.connections - OWN_DESCRIPTORS
+    return workers_holding(target.streams, each) if each > 0 else 0
+
+
+def nofile(target: Target) -> int:
+    """Descriptors of one worker."""
+    return descriptors(target.streams, target.workers, target.connections)
 
 
 def most_descriptors(target: Target) -> int:
     """Of the process that needs most: a worker, or a proxy of one process."""
-    return max(descriptors(target), 2 * target.streams + target.connections if target.proxy else 0)
+    return max(nofile(target), 2 * target.streams + target.connections if target.proxy else 0)
 
 
 def addresses(target: Target) -> int:
@@ -135,7 +150,7 @@ LIMITS = (
           why="Each stream is a descriptor of its worker.",
           without="A worker that has none left tells new streams to come back later (`max_streams` in its first line of "
                   "log); a program without such a bound fails with EMFILE, `Too many open files`.",
-          need=lambda target: (descriptors(target),)),
+          need=lambda target: (nofile(target),)),
     Limit(name="fs.nr_open", unit="descriptors per process",
           why="The most that nofile may be set to. A proxy needs two descriptors per stream, often in one process.",
           without="The service does not start: systemd fails to set LimitNOFILE.",

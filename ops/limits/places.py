@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from needs import LIMITS, Need, Target, descriptors, queue
+from needs import LIMITS, Need, Target, nofile, queue
 from system import UNLIMITED, text
 
 SYSCTLS = Path("etc/sysctl.d/60-pushsvc.conf")
@@ -22,14 +22,14 @@ def contents(target: Target, sysctls: Mapping[str, Need], root: Path, user: str,
              workers: bool) -> dict[Path, bytes]:
     """Each file below `root`, and what it is to hold. sysctls: what was raised. backlog: of the service, without being
     told. workers: whether to set their number."""
-    nofile = max(descriptors(target), promised(root), of_unit(SHIPPED))
-    service = [f"LimitNOFILE={'infinity' if nofile >= UNLIMITED else nofile}"]
+    most = max(nofile(target), promised(root), of_unit(SHIPPED))
+    service = [f"LimitNOFILE={'infinity' if most >= UNLIMITED else most}"]
     waiting = max(queue(target), of_unit(root / DROP_IN, "Environment=PUSHSVC_BACKLOG"))
     if waiting > backlog:
         service.append(f"Environment=PUSHSVC_BACKLOG={waiting}")
     if workers:
         service.append(f"Environment=WEB_CONCURRENCY={target.workers}")
-    logins = [f"{user} {kind} nofile {min(nofile, UNLIMITED - 1)}" for kind in ("soft", "hard")]
+    logins = [f"{user} {kind} nofile {min(most, UNLIMITED - 1)}" for kind in ("soft", "hard")]
     return {path: (HEAD.format(target.streams) + "\n".join(lines) + "\n").encode() for path, lines in (
         (SYSCTLS, _sysctl_lines(sysctls)), (LOGINS, logins), (DROP_IN, ["[Service]", *service]))}
 

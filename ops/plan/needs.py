@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ops.limits.needs import OWN_DESCRIPTORS, descriptors, fullest, workers_holding
 from ops.plan.calibration import Costs
 from ops.plan.load import Load
 from ops.plan.machine import Machine
 from pushsvc.settings import Settings
 
-SPREAD = 1.07  # the fullest worker's share, in even ones: the kernel draws a worker for each connection
-KEPT = 64  # descriptors of a worker for listeners, the log and its threads
 HOUR = 3600.0
 MICRO = 1e-6
 PACKET_BYTES = 66  # headers of Ethernet, IPv4 and TCP with timestamps
@@ -67,16 +66,16 @@ def needs(load: Load, costs: Costs, machine: Machine, settings: Settings) -> Nee
     """What `load` needs there. With `workers` or `addresses` 0 in it: as many as hold its streams, a worker per core at
     least."""
     most = max_streams(machine, settings)
-    workers = load.workers or max(machine.cores, math.ceil(load.users * SPREAD / most))
+    workers = load.workers or max(machine.cores, workers_holding(load.users, most))
     addresses = load.addresses or _addresses(load, machine)
-    streams = math.ceil(load.users * (SPREAD if workers > 1 else 1) / workers)
+    streams = fullest(load.users, workers)
     rate, base = rates(load, settings), costs.service_bytes + (workers - 1) * costs.worker_bytes
     cpu = _cpu(load, costs, rate, workers)
     arrivals, opened = load.users / workers, min(workers, machine.cores) / workers / (connect_us(load, costs) * MICRO)
     return Needs(
         workers=workers, addresses=addresses, max_streams=most, streams_per_worker=streams,
-        descriptors_per_worker=streams + settings.max_connections + KEPT,
-        files=load.users * load.sockets + workers * (settings.max_connections + KEPT),
+        descriptors_per_worker=descriptors(load.users, workers, settings.max_connections),
+        files=load.users * load.sockets + workers * (settings.max_connections + OWN_DESCRIPTORS),
         ports=math.ceil(load.users / max(1, load.proxies * addresses)),
         memory_workers=base + load.users * stream_bytes(load, costs, workers), memory_base=base,
         memory_kernel=load.users * load.sockets * costs.socket_bytes,
@@ -93,7 +92,7 @@ def _addresses(load: Load, machine: Machine) -> int:
 
 def max_streams(machine: Machine, settings: Settings) -> int:
     """Of one worker, as the service reckons it itself."""
-    return settings.max_streams or max(1, machine.descriptors - settings.max_connections - KEPT)
+    return settings.max_streams or max(1, machine.descriptors - settings.max_connections - OWN_DESCRIPTORS)
 
 
 def rates(load: Load, settings: Settings) -> Rates:

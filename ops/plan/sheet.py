@@ -6,10 +6,11 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from ops.limits.needs import UNEVEN
 from ops.plan.calibration import Calibration
 from ops.plan.load import Load
 from ops.plan.machine import Machine
-from ops.plan.needs import HOUR, PACKET_BYTES, PUBLISH_BYTES, REQUEST_BYTES, SPREAD, Needs, rates
+from ops.plan.needs import HOUR, PACKET_BYTES, PUBLISH_BYTES, REQUEST_BYTES, Needs, rates
 from ops.plan.walls import CPU_USABLE, MEMORY_USABLE, Wall
 from pushsvc.settings import Settings
 
@@ -32,7 +33,7 @@ def assumptions(load: Load, machine: Machine, settings: Settings, calibration: C
         f"{load.event_bytes:,} bytes of data (below 1 KB they do not change the processor time), one by one: batches "
         "are cheaper.",
         f"Streams: {load.topics_per_stream} topics each, {load.group} with the same topics{alone}. The fullest worker "
-        f"has {SPREAD:g} times its even share.",
+        f"has {UNEVEN:g} times its even share.",
         f"Reconnects: {load.reconnects_per_hour:g} per stream and hour, and {rotation} by PUSHSVC_ROTATE_SECONDS. They "
         "find nothing to replay.",
         f"Bandwidth: a request has {REQUEST_BYTES} bytes, a publish {PUBLISH_BYTES} and its data, a packet "

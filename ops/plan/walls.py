@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ops.limits.needs import workers_holding
 from ops.plan.calibration import Costs
 from ops.plan.load import Load
 from ops.plan.machine import Machine
-from ops.plan.needs import MICRO, SPREAD, Needs, connect_us
+from ops.plan.needs import MICRO, Needs, connect_us
 from pushsvc.settings import Settings
 
 CPU_USABLE = 0.7  # of a core: above it whatever comes in a bunch waits long
@@ -56,7 +57,7 @@ def _memory(machine: Machine, need: Needs) -> Wall:
 
 
 def _descriptors(load: Load, settings: Settings, need: Needs) -> Wall:
-    workers = math.ceil(load.users * SPREAD / need.max_streams)
+    workers = workers_holding(load.users, need.max_streams)
     more = f"WEB_CONCURRENCY={max(workers, need.workers + 1)}"
     own = f"PUSHSVC_MAX_STREAMS={need.streams_per_worker}" if settings.max_streams else "LimitNOFILE (ulimit -n)"
     return Wall(name="descriptors", need=need.streams_per_worker, limit=need.max_streams, unit="streams of a worker",
