@@ -19,10 +19,11 @@ from gunicorn.glogging import Logger
 from pushsvc import log
 from pushsvc.bind import check_bind, is_loopback
 from pushsvc.errors import PushError
-from pushsvc.settings import REDIS, Settings
+from pushsvc.settings import REDIS, Settings, workers_asked
 
 try:
     settings = Settings.from_environ(os.environ)
+    _workers = workers_asked(os.environ)
 except PushError as error:
     sys.exit(f"pushsvc: {error.detail}")
 
@@ -35,7 +36,7 @@ if _MULTIPROC not in os.environ:
 
 bind = [address.strip() for address in settings.bind.split(",")]
 _alone = settings.broker_url == "memory:"  # each process would have a log of its own
-workers = int(os.environ.get("WEB_CONCURRENCY") or (1 if _alone else os.cpu_count()) or 1)
+workers = _workers or (1 if _alone else os.cpu_count()) or 1
 worker_class = "pushsvc.worker.PushWorker"
 worker_connections = _hard
 # Long-lived connections spread evenly: each worker has a queue of its own. A Unix socket has only one.
@@ -66,6 +67,8 @@ def on_starting(server):
         sys.exit(f"pushsvc: {error.detail}")
     if _alone and server.cfg.workers > 1:
         sys.exit(f"pushsvc: the broker memory: is for one worker, not {server.cfg.workers}: each would have its own log")
+    if server.cfg.workers < 1:
+        sys.exit(f"pushsvc: there is at least 1 worker, not {server.cfg.workers}")
     if server.cfg.preload_app:
         sys.exit("pushsvc: preload_app does not work: the application belongs to its worker")
     for address in server.address:

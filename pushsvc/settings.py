@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 from pushsvc.errors import SettingsError
 
 PREFIX = "PUSHSVC_"
+WORKERS = "WEB_CONCURRENCY"  # a variable of many servers, and the one that gunicorn has for it
+MOST_WORKERS = 1024
 REDIS = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis-sentinel", "rediss-sentinel",
          "sentinel", "valkey", "valkeys")  # schemes of addresses of Redis
 
@@ -140,6 +142,18 @@ def hide(url: str) -> str:
 def variable(each: Field[Any]) -> str:
     """The environment variable of a setting."""
     return PREFIX + each.name.upper()
+
+
+def workers_asked(environ: Mapping[str, str]) -> int:
+    """The number of workers that `environ` asks for; 0 where it says nothing. Raises SettingsError."""
+    text = environ.get(WORKERS, "")
+    try:
+        number = int(text or 0)
+    except ValueError:
+        number = 0
+    if text and not 1 <= number <= MOST_WORKERS:
+        raise SettingsError(f"{WORKERS} is a whole number of at least 1 and at most {MOST_WORKERS}, not {text!r}")
+    return number
 
 
 def _read(name: str, each: Field[Any], text: str) -> Any:

@@ -446,6 +446,7 @@ def test_argument_of_gunicorn_in_the_environment_is_found_too(place: Path) -> No
     ("PUSHSVC_BIND", "0.0.0.0:8000", "loopback"),
     ("PUSHSVC_BROKER_URL", "memory:", "one worker"),
     ("GUNICORN_CMD_ARGS", "--preload", "preload"),
+    ("GUNICORN_CMD_ARGS", "--workers 0", "at least 1 worker"),
 ])
 def test_service_that_would_not_start_is_found_in_its_own_words(
     place: Path, variable: str, value: str, piece: str
@@ -471,6 +472,13 @@ def test_descriptors_for_the_even_share_of_a_worker_are_not_enough(place: Path) 
 
     assert "fullest gets 2675" in found["seen"]
     assert f"LimitNOFILE={uneven}; or WEB_CONCURRENCY=3" in found["change"]
+
+
+@pytest.mark.parametrize("workers", ["0", "-2", "1000000", "many"])
+def test_number_of_workers_that_cannot_be_meant_is_found(workers: str, place: Path) -> None:
+    found = process(place, env={"WEB_CONCURRENCY": workers}).finding("start")
+
+    assert f"WEB_CONCURRENCY is a whole number of at least 1 and at most 1024, not '{workers}'" in found["seen"]
 
 
 @pytest.mark.parametrize(("span", "found"), [("20", True), ("20s", True), ("0min 20 s", True), ("45s", False),

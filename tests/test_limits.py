@@ -401,7 +401,8 @@ def test_who_is_not_root_is_told_so(action: str) -> None:
     assert f"{action} needs root" in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["raise"], ["--streams", "many"], ["--streams", "0"], ["--workers", "-1"]])
+@pytest.mark.parametrize("arguments", [["raise"], ["--streams", "many"], ["--streams", "0"], ["--workers", "-1"],
+                                       ["--workers", "5000"]])
 def test_wrong_usage_is_told(arguments: list[str]) -> None:
     assert tool(*arguments).returncode == USAGE
 

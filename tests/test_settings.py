@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pushsvc.errors import SettingsError
-from pushsvc.settings import Settings, table, variable
+from pushsvc.settings import Settings, table, variable, workers_asked
 from tests.support.server import ROOT, free_port
 
 READ = {
@@ -136,6 +136,11 @@ def test_setting_that_code_gives_is_checked_like_one_from_outside() -> None:
         Settings(mailbox_events=0)
 
 
+@pytest.mark.parametrize(("text", "asked"), [(None, 0), ("", 0), ("1", 1), ("1024", 1024)])
+def test_number_of_workers_is_what_the_environment_asks_for(text: str | None, asked: int) -> None:
+    assert workers_asked({} if text is None else {"WEB_CONCURRENCY": text}) == asked
+
+
 def test_message_never_contains_the_key() -> None:
     assert "secret" not in refusal({"PUSHSVC_JWT_KEY": "a secret", "PUSHSVC_BACKLOG": "0"})
     assert "secret" not in refusal({"PUSHSVC_JWT_KEYS": "a secret"})
@@ -144,6 +149,8 @@ def test_message_never_contains_the_key() -> None:
 STOPS = {
     "an unknown variable": ({"PUSHSVC_HEARTBEAT": "1"}, "PUSHSVC_HEARTBEAT_SECONDS"),
     "a bad number": ({"PUSHSVC_RETRY_MS": "3s"}, "PUSHSVC_RETRY_MS is a whole number"),
+    "no workers": ({"WEB_CONCURRENCY": "0"}, "WEB_CONCURRENCY is a whole number of at least 1"),
+    "far too many workers": ({"WEB_CONCURRENCY": "1025"}, "at most 1024"),
     "a bad choice": ({"PUSHSVC_SYNC": "never"}, "PUSHSVC_SYNC is one of normal, full"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +11,15 @@ import host
 from checks import CHECKS, Asked, Seen, streams_of
 from finding import Finding, Report
 
+from pushsvc.errors import SettingsError
+from pushsvc.settings import workers_asked
+
 
 def examine(asked: Asked) -> Report:
     """Raises HostError, OSError."""
     asked = replace(asked, env=asked.env or host.environment_file(asked.unit))
     environ = host.environment(asked.env, asked.unit, os.environ)
-    service = host.load(asked.config, environ)
+    service = _load(asked, environ)
     if not service.settings:
         return Report([Finding("start", f"the service does not start: {service.stopped}", "there is no service",
                                "what the message says", asked.env or asked.config)],
@@ -27,3 +31,12 @@ def examine(asked: Asked) -> Report:
     broker = service.settings["broker_url"].partition("?")[0].rpartition("@")[2]  # without a password
     facts = {"process": f"{service.gunicorn['workers']} workers, {streams_of(seen)} streams each, {broker}"}
     return Report([finding for check in CHECKS for finding in check(seen)], facts=facts)
+
+
+def _load(asked: Asked, environ: Mapping[str, str]) -> host.Service:
+    """Raises HostError. gunicorn itself fails for a wrong number of workers, before the service can say what is wrong."""
+    try:
+        workers_asked(environ)
+    except SettingsError as error:
+        return host.Service(stopped=error.detail)
+    return host.load(asked.config, environ)

@@ -28,7 +28,7 @@ from needs import LIMITS, Limit, Need, Target, addresses, workers_for
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pushsvc.settings import Settings  # the numbers of the service have their home there
+from pushsvc.settings import MOST_WORKERS, Settings  # the numbers of the service have their home there
 
 ENOUGH, SMALL, UNDONE, LATER, UNUSED, ABSENT = "enough", "small", "undone", "later", "unused", "absent"
 OK, TOO_SMALL, USAGE, FAILED, CHANGED = range(5)
@@ -125,7 +125,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", nargs="?", choices=("check", "apply", "revert"), default="check")
     parser.add_argument("--streams", type=_count, default=100_000, help="of all workers together (%(default)s)")
-    parser.add_argument("--workers", type=_count, help="WEB_CONCURRENCY; apply sets it for the unit (one per core)")
+    parser.add_argument("--workers", type=_workers, help="WEB_CONCURRENCY; apply sets it for the unit (one per core)")
     parser.add_argument("--no-proxy", action="store_true", help="the proxy is on another machine, or there is none")
     parser.add_argument("--pid", type=_count, help="check the descriptors of this process, not of one started from here")
     parser.add_argument("--user", default="pushsvc", help="whose logins get the descriptors (%(default)s)")
@@ -141,6 +141,12 @@ def _count(text: str) -> int:
     number = int(text.replace("_", "").replace(",", ""))
     if number < 1:
         raise argparse.ArgumentTypeError("at least 1")
+    return number
+
+
+def _workers(text: str) -> int:
+    if (number := _count(text)) > MOST_WORKERS:
+        raise argparse.ArgumentTypeError(f"at most {MOST_WORKERS}")
     return number
 
 
