@@ -579,6 +579,55 @@ def test_root_leaves_no_file_of_its_own_beside_the_log(place: Path) -> None:
         assert {each.stat().st_uid for each in Path(name).rglob("*")} == {65534}
 
 
+def unit_for(place: Path, log: Path, *lines: str) -> Path:
+    """The unit that is shipped, for the user `nobody` and this log."""
+    unit, text = place / "pushsvc.service", (ROOT / "ops" / "systemd" / "pushsvc.service").read_text()
+    for old, new in (("User=pushsvc\nGroup=pushsvc", "User=nobody"), ("StateDirectory=pushsvc", "\n".join(lines)),
+                     ("sqlite:/var/lib/pushsvc/pushsvc.db", f"sqlite:{log}")):
+        assert old in text
+        text = text.replace(old, new)
+    unit.write_text(text)
+    return unit
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can try the rights of another user")
+def test_rights_on_the_log_are_those_of_the_units_user(place: Path) -> None:
+    with tempfile.TemporaryDirectory() as name:  # not in pytest's, which other users cannot enter
+        folder, log = Path(name), Path(name, "push.db")
+        unit = unit_for(place, log)
+        folder.chmod(0o755)
+
+        found = process(place, "--unit", str(unit)).finding("broker")
+        assert f"its folder cannot be written by nobody: {name}" in found["seen"]
+
+        os.chown(folder, 65534, 65534)
+        run = process(place, "--unit", str(unit))
+        assert "broker" not in run.checks, run.text
+        assert run.report["notes"] == []
+
+        subprocess.run([sys.executable, str(ROOT / "ops" / "doctor" / "trial.py")], check=True,
+                       env=os.environ | {"PUSHSVC_BROKER_URL": f"sqlite:{log}"})
+        log.chmod(0o600)
+        assert "(tried by nobody)" in process(place, "--unit", str(unit)).finding("broker")["seen"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can try the rights of another user")
+def test_folder_that_systemd_hands_over_at_the_start_needs_no_rights_before(place: Path) -> None:
+    name = f"pushsvc-doctor-{os.getpid()}"
+    log = Path("/var/lib", name, "push.db")
+
+    assert "by nobody: /var/lib" in process(place, "--unit", str(unit_for(place, log))).finding("broker")["seen"]
+    run = process(place, "--unit", str(unit_for(place, log, f"StateDirectory={name}")))
+    assert "broker" not in run.checks, run.text
+
+
+def test_user_of_the_unit_that_is_not_there_leaves_the_rights_unexamined(place: Path) -> None:
+    unit = unit_for(place, place / "push.db")
+    unit.write_text(unit.read_text().replace("User=nobody", "User=nobody-of-this-name"))
+    (note,) = process(place, "--unit", str(unit)).report["notes"]
+    assert "nobody-of-this-name" in note
+
+
 def test_disk_that_history_may_outgrow_is_found(place: Path) -> None:
     found = process(place, env={"PUSHSVC_HISTORY_BYTES": str(1 << 60)}).finding("disk")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import grp
 import json
 import os
+import pwd
 import re
 import resource
 import shlex
@@ -18,6 +20,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 PROC = Path("/proc/sys")
+STATES = Path("/var/lib")  # where a StateDirectory is
 NETWORK = ("nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "ceph", "glusterfs", "lustre")
 SECONDS = 60.0  # for a process that loads what the service loads
 INFINITE = 1 << 62
@@ -42,13 +45,24 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class User:
+    """Whose rights the service has."""
+
+    name: str
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Log:
-    """Where the log lies. folder: "" for a broker without files. there: whether it is there already; writable: by
-    whoever owns the folder. free, held: bytes."""
+    """Where the log lies. folder: "" for a broker without files. there: whether it is there already; writable: whether
+    the service can make it. user: who is to use it; None: whoever owns the folder. free, held: bytes."""
 
     folder: str = ""
     there: bool = False
     writable: bool = True
+    user: User | None = None
     kind: str = ""
     free: int = INFINITE
     held: int = 0
@@ -79,6 +93,16 @@ def environment_file(unit: str) -> str:
     return next((file for file in files if Path(file).is_file()), "")
 
 
+def user_of(unit: str) -> User | None:
+    """The unit's User, with its Group; None where it names none. Raises OSError, KeyError for one that is not there."""
+    if not (names := _values(unit, "User")):
+        return None
+    entry = pwd.getpwuid(int(names[-1])) if names[-1].isdecimal() else pwd.getpwnam(names[-1])
+    group = (_values(unit, "Group") or [str(entry.pw_gid)])[-1]
+    gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
+    return User(entry.pw_name, entry.pw_uid, gid, tuple(os.getgrouplist(entry.pw_name, gid)))
+
+
 def _values(unit: str, name: str) -> list[str]:
     """All that a unit, "" for none, sets under a name."""
     return re.findall(rf"^{name}=(.+)$", Path(unit).read_text(), re.M) if unit else []
@@ -100,10 +124,13 @@ def load(config: str, environ: Mapping[str, str]) -> Service:
 
 def try_broker(environ: Mapping[str, str], log: Log, directory: Path) -> str:
     """Why the broker cannot be used; "" if it can. A log that is not there yet is not made: its service makes it."""
+    by = f" by {log.user.name}" if log.user else ""
     if log.folder and not log.there:
-        return "" if log.writable else f"its folder cannot be written: {log.folder}"
-    done = _python("trial.py", [log.folder] if log.folder else [], environ, directory)
-    return done.stdout.strip() or (_last_line(done.stderr) if done.returncode else "")
+        return "" if log.writable else f"its folder cannot be written{by}: {log.folder}"
+    rights = map(str, (log.user.uid, log.user.gid, *log.user.groups) if log.user else ())
+    done = _python("trial.py", [log.folder, *rights] if log.folder else [], environ, directory)
+    refused = done.stdout.strip() or (_last_line(done.stderr) if done.returncode else "")
+    return f"{refused} (tried{by})" if refused and by else refused
 
 
 def _python(script: str, arguments: list[str], environ: Mapping[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -135,8 +162,8 @@ def _number(name: str) -> int:
     return int((PROC / name).read_text().split()[0])
 
 
-def log_of(broker_url: str, directory: Path) -> Log:
-    """directory: the one that the service is started in."""
+def log_of(broker_url: str, directory: Path, unit: str, user: User | None) -> Log:
+    """directory: the one that the service is started in. user: of the unit."""
     scheme, _, rest = broker_url.partition(":")
     if scheme != "sqlite":
         return Log()
@@ -145,8 +172,25 @@ def log_of(broker_url: str, directory: Path) -> Log:
     nearest = next(each for each in path.parents if each.is_dir())
     held = sum(each.stat().st_size for each in (path, path.with_name(path.name + "-wal")) if each.exists())
     folder = path.parent if path.parent.is_dir() else nearest
-    return Log(str(folder), path.exists(), os.access(nearest, os.W_OK | os.X_OK), _kind(nearest),
+    made = user is not None and _is_handed_over(path, unit, user)
+    user = None if made else user
+    return Log(str(folder), path.exists(), made or _may_write(nearest, user), user, _kind(nearest),
                shutil.disk_usage(nearest).free, held)
+
+
+def _is_handed_over(path: Path, unit: str, user: User) -> bool:
+    """Whether systemd gives the user a folder that it does not have yet: at the start, the unit's StateDirectory."""
+    states = [STATES / name.partition(":")[0] for value in _values(unit, "StateDirectory") for name in value.split()]
+    return any(path.is_relative_to(state) and not (state.is_dir() and state.stat().st_uid == user.uid)
+               for state in states)
+
+
+def _may_write(folder: Path, user: User | None) -> bool:
+    """user: None for ourselves. Another's rights need a process that has them."""
+    if user is None:
+        return os.access(folder, os.W_OK | os.X_OK)
+    test = ["test", "-w", str(folder), "-a", "-x", str(folder)]
+    return subprocess.run(test, check=False, user=user.uid, group=user.gid, extra_groups=user.groups).returncode == 0
 
 
 def _kind(folder: Path) -> str:

@@ -25,12 +25,26 @@ def examine(asked: Asked) -> Report:
                                "what the message says", asked.env or asked.config)],
                       notes=["the rest of the process: its settings are not known"])
     directory = Path(asked.config).absolute().parent
-    log = host.log_of(service.settings["broker_url"], directory)
+    user, notes = _user(asked.unit)
+    log = host.log_of(service.settings["broker_url"], directory, asked.unit, user)
     seen = Seen(asked, service, host.limits(asked.unit), log, host.try_broker(environ, log, directory),
                 host.has_parser(), environ.get("GUNICORN_CMD_ARGS", ""))
     broker = service.settings["broker_url"].partition("?")[0].rpartition("@")[2]  # without a password
     facts = {"process": f"{service.gunicorn['workers']} workers, {streams_of(seen)} streams each, {broker}"}
-    return Report([finding for check in CHECKS for finding in check(seen)], facts=facts)
+    return Report([finding for check in CHECKS for finding in check(seen)], notes=notes, facts=facts)
+
+
+def _user(unit: str) -> tuple[host.User | None, list[str]]:
+    """Whose rights are to be judged, None for our own; and what there is to say of it. Raises OSError."""
+    try:
+        user = host.user_of(unit)
+    except KeyError as error:
+        return None, [f"the rights of the unit's user or group: {error.args[0]}"]
+    if user is None or user.uid == os.geteuid():
+        return None, []
+    if os.geteuid() != 0:
+        return None, [f"the rights of the unit's user {user.name}: only root can try them"]
+    return user, []
 
 
 def _load(asked: Asked, environ: Mapping[str, str]) -> host.Service:

@@ -1,6 +1,7 @@
 """One try of the broker, in a process of its own: it needs the monkey patch, and the rights of the service's user.
 
-Run with the service's environment; prints why the broker cannot be used, nothing if it can.
+Run with the service's environment, as `python trial.py [FOLDER [UID GID GROUP...]]`: with the rights of FOLDER's owner,
+or with these. Prints why the broker cannot be used, nothing if it can.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def main() -> int:
     try:
         broker = open_broker(Settings.from_environ(os.environ))
         if len(sys.argv) > 1:
-            become_owner(Path(sys.argv[1]))
+            become_user(Path(sys.argv[1]), list(map(int, sys.argv[2:])))
         with gevent.Timeout(SECONDS, TimeoutError(f"no answer in {SECONDS} s")):
             use(broker)
     except (PushError, OSError) as error:
@@ -38,13 +39,14 @@ def main() -> int:
     return 0
 
 
-def become_owner(path: Path) -> None:
-    """Root leaves no files behind that the service's user could not use."""
-    status = path.stat()
-    if os.geteuid() == 0 and status.st_uid != 0:
-        os.setgroups([])
-        os.setgid(status.st_gid)
-        os.setuid(status.st_uid)
+def become_user(folder: Path, rights: list[int]) -> None:
+    """Root leaves no files behind that the service's user could not use, and is refused nothing that it would be."""
+    status = folder.stat()
+    uid, gid, *groups = rights or [status.st_uid, status.st_gid]
+    if os.geteuid() == 0 and uid != 0:
+        os.setgroups(groups)
+        os.setgid(gid)
+        os.setuid(uid)
 
 
 def use(broker: Broker) -> None:
