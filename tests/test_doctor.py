@@ -456,6 +456,40 @@ def test_service_that_would_not_start_is_found_in_its_own_words(
     assert piece in found["seen"]
 
 
+NAMED = {
+    "an unknown variable": ("PUSHSVC_HEARTBEAT=5", "PUSHSVC_HEARTBEAT "),
+    "a wrong value": ("PUSHSVC_RETRY_MS = '3s'", "PUSHSVC_RETRY_MS is"),
+    "the last of two": ("PUSHSVC_SYNC=never", "PUSHSVC_SYNC is"),
+    "the second that is named": ("PUSHSVC_GRACEFUL_SECONDS=2", "PUSHSVC_GRACEFUL_SECONDS"),
+    "a number of workers": ("WEB_CONCURRENCY=many", "WEB_CONCURRENCY is"),
+}
+
+
+@pytest.mark.parametrize(("line", "said"), NAMED.values(), ids=NAMED)
+def test_variable_that_stops_the_start_is_found_where_it_stands(place: Path, line: str, said: str) -> None:
+    env = place / "pushsvc.env"
+    env.write_text(f"# PUSHSVC_SYNC=full\nPUSHSVC_SYNC=full\n{line}\nPUSHSVC_HEARTBEAT_SECONDS=5\n")
+
+    found = process(place, "--env", str(env)).finding("start")
+
+    assert said in found["seen"]
+    assert (found["file"], found["line"]) == (str(env), 3)
+
+
+def test_variable_of_the_unit_or_the_shell_that_stops_the_start_is_found_there(place: Path) -> None:
+    unit, env = place / "pushsvc.service", place / "pushsvc.env"
+    unit.write_text('[Service]\nEnvironment=A=1 "PUSHSVC_BACKLOG=0"\n')
+    env.write_text("PUSHSVC_SYNC=full\n")
+    files = ("--unit", str(unit), "--env", str(env))
+    right = {"PUSHSVC_BACKLOG": "1"}  # which the unit puts out
+
+    found = process(place, *files, env=right).finding("start")
+    assert (found["file"], found["line"]) == (str(unit), 2)
+
+    found = process(place, *files, env=right | {"PUSHSVC_BACKLOGS": "1"}).finding("start")
+    assert (found["file"], found["line"]) == ("environment: PUSHSVC_BACKLOGS", 0)
+
+
 def test_streams_that_have_no_descriptors_are_found_and_what_would_do_fits(place: Path) -> None:
     found = process(place, "--streams", "5000", descriptors=2000).finding("descriptors")
     enough = re.search(r"LimitNOFILE=(\d+)", found["change"])
@@ -599,6 +633,7 @@ def test_rights_on_the_log_are_those_of_the_units_user(place: Path) -> None:
 
         found = process(place, "--unit", str(unit)).finding("broker")
         assert f"its folder cannot be written by nobody: {name}" in found["seen"]
+        assert (found["file"], found["line"]) == (str(unit), line_of(unit, "PUSHSVC_BROKER_URL="))
 
         os.chown(folder, 65534, 65534)
         run = process(place, "--unit", str(unit))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ WORKER = "PushWorker"
 LOOPBACK = ("127.", "::1", "localhost")
 UNIT_SECONDS = {"": 1, "s": 1, "sec": 1, "ms": 0.001, "m": 60, "min": 60, "h": 3600}
 TIME = re.compile(r"([\d.]+)\s*(ms|sec|s|min|m|h|)(?![\w.])\s*")
+VARIABLE = re.compile(r"\b(?:PUSHSVC_\w+|WEB_CONCURRENCY)\b")
 SYSCTL = "/etc/sysctl.d/60-pushsvc.conf"  # as ops/limits writes it
 
 
@@ -55,8 +57,8 @@ class Seen:
 
     def of_service(self, variable: str) -> tuple[str, int]:
         """Where a variable of the environment is, or belongs."""
-        file = self.asked.env
-        return (file, host.line_of(file, rf"^\s*{variable}=")) if file else (f"environment: {variable}", 0)
+        file, line = host.place_of(variable, self.asked.env, self.asked.unit)
+        return (file, line) if line else (self.asked.env or f"environment: {variable}", 0)
 
     def of_unit(self, name: str) -> tuple[str, int]:
         file = self.asked.unit
@@ -88,8 +90,23 @@ def _workers(seen: Seen) -> int:
 
 def _start(seen: Seen) -> Iterator[Finding]:
     if seen.service.stopped:
-        yield Finding("start", f"the service does not start: {seen.service.stopped}", "there is no service",
-                      "what the message says", seen.asked.env or seen.asked.config)
+        yield stopped(seen.asked, seen.service.stopped)
+
+
+def stopped(asked: Asked, message: str) -> Finding:
+    """The service does not start, in its own words; where stands the variable that they name."""
+    return Finding("start", f"the service does not start: {message}", "there is no service", "what the message says",
+                   *_place_of_named(asked, message))
+
+
+def _place_of_named(asked: Asked, message: str) -> tuple[str, int]:
+    for variable in VARIABLE.findall(message):
+        file, line = host.place_of(variable, asked.env, asked.unit)
+        if line:
+            return file, line
+        if variable in os.environ:
+            return f"environment: {variable}", 0
+    return asked.env or asked.config, 0
 
 
 def _worker(seen: Seen) -> Iterator[Finding]:

@@ -206,9 +206,17 @@ def has_parser() -> bool:
 
 
 def line_of(path: str, pattern: str) -> int:
-    """The first line that matches; 0 for none."""
+    """The last line that matches, for that is the one that counts; 0 for none."""
     try:
         lines = Path(path).read_text().splitlines()
     except OSError:
         return 0
-    return next((number for number, line in enumerate(lines, 1) if re.search(pattern, line)), 0)
+    return max((number for number, line in enumerate(lines, 1) if re.search(pattern, line)), default=0)
+
+
+def place_of(variable: str, env: str, unit: str) -> tuple[str, int]:
+    """File and line that set a variable of the environment; "" and 0 where none of them does."""
+    for file, pattern in ((env, rf"^\s*{variable}\s*="), (unit, rf"^Environment=(.*[\s\"'])?{variable}=")):
+        if file and (line := line_of(file, pattern)):
+            return file, line
+    return "", 0

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import host
-from checks import CHECKS, Asked, Seen, streams_of
-from finding import Finding, Report
+from checks import CHECKS, Asked, Seen, stopped, streams_of
+from finding import Report
 
 from pushsvc.errors import SettingsError
 from pushsvc.settings import workers_asked
@@ -21,8 +21,7 @@ def examine(asked: Asked) -> Report:
     environ = host.environment(asked.env, asked.unit, os.environ)
     service = _load(asked, environ)
     if not service.settings:
-        return Report([Finding("start", f"the service does not start: {service.stopped}", "there is no service",
-                               "what the message says", asked.env or asked.config)],
+        return Report([stopped(asked, service.stopped)],
                       notes=["the rest of the process: its settings are not known"])
     directory = Path(asked.config).absolute().parent
     user, notes = _user(asked.unit)
