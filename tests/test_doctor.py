@@ -366,6 +366,7 @@ def test_doctor_that_is_broken_off_ends_at_once(open_server: Server) -> None:
 
 @pytest.mark.parametrize("arguments", [
     ("--only", "path"), ("--url", "push.example.com"), ("--config", "/nonexistent"), ("--seconds", "0"), ("--unknown",),
+    ("--seconds", "nan"), ("--seconds", "inf"), ("--seconds", "-3"), ("--seconds", "1e300"), ("--streams", "0"),
     ("--url", "https://push.example.com", "--proxy-config", __file__),
 ], ids=" ".join)
 def test_wrong_usage_has_an_exit_code_of_its_own(arguments: tuple[str, ...]) -> None:

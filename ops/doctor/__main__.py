@@ -23,6 +23,7 @@ from host import HostError  # noqa: E402
 from wire import parse  # noqa: E402
 
 CLEAN, FOUND, UNEXAMINED, BROKEN_OFF = 0, 1, 3, 130  # 2 is argparse's
+MOST_SECONDS = 86_400
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,8 +91,10 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     for name in ("cacert", "proxy_config", "env", "unit", "config"):
         if getattr(options, name) and not Path(getattr(options, name)).is_file():
             parser.error(f"--{name.replace('_', '-')}: no file {getattr(options, name)}")
-    if options.seconds <= 0 or options.streams <= 0:
-        parser.error("--seconds and --streams are above 0")
+    if not 0 < options.seconds <= MOST_SECONDS:  # nan is neither
+        parser.error(f"--seconds is above 0 and at most {MOST_SECONDS}")
+    if options.streams <= 0:
+        parser.error("--streams is above 0")
     try:
         for url in filter(None, (options.url, options.publish, options.direct)):
             parse(url)
