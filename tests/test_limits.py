@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,8 +14,11 @@ from typing import Any
 
 import pytest
 
+from ops.bench import terminal
+from ops.plan import calibration
 from tests.support.programs import missing
 from tests.support.server import ROOT
+from tests.test_plan import KNOWN
 
 LIMITS = ROOT / "ops" / "limits"
 ENOUGH, SMALL, USAGE, FAILED, CHANGED = range(5)
@@ -405,6 +409,40 @@ def test_who_is_not_root_is_told_so(action: str) -> None:
                                        ["--workers", "5000"]])
 def test_wrong_usage_is_told(arguments: list[str]) -> None:
     assert tool(*arguments).returncode == USAGE
+
+
+ANSWERS = {
+    "limits": ["ops/limits", "--json"],
+    "plan": ["ops/plan", "--users=10", "--messages-per-second=1", "--fan-out=1", "--calibration={calibration}"],
+    "doctor": ["ops/doctor", "--only", "process"],
+    "load": ["ops/load", "show", "ops/load/shapes/ubuntu-irc-2006-06-01.jsonl"],
+}
+
+UNREAD = """
+import os, sys
+reader, writer = os.pipe()
+os.close(reader)
+os.dup2(writer, 1)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("command", ANSWERS.values(), ids=ANSWERS)
+def test_tool_whose_answer_nobody_reads_ends_without_a_word(command: list[str], tmp_path: Path) -> None:
+    """As in `... | head -1`, where head has ended first."""
+    calibration.save(KNOWN, tmp_path / "known")
+    command = [each.format(calibration=tmp_path / "known") for each in command]
+    done = subprocess.run([sys.executable, "-c", UNREAD, sys.executable, *command], capture_output=True, text=True,
+                          timeout=60, check=False, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_broken_connection_is_not_taken_for_an_answer_that_nobody_reads() -> None:
+    def broken() -> int:
+        raise BrokenPipeError("of a connection")
+
+    with Path(os.devnull).open("w") as output, contextlib.redirect_stdout(output), pytest.raises(BrokenPipeError):
+        terminal.answered(broken)
 
 
 def test_limits_of_a_process_are_those_that_it_has() -> None:

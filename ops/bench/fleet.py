@@ -27,6 +27,7 @@ from typing import Any
 
 import probe
 from swarm import BUCKETS_PER_E, Target
+from terminal import answered
 
 SOURCES = 3  # addresses of one process
 PER_PROCESS = 15_000
@@ -242,7 +243,7 @@ def run(main: Callable[[], int]) -> int:
 
     signal.signal(signal.SIGTERM, end)
     try:
-        return main()
+        return answered(main)
     except KeyboardInterrupt:
         say_progress("broken off")
         return 130

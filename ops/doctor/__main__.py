@@ -22,6 +22,8 @@ from finding import Report  # noqa: E402
 from host import HostError  # noqa: E402
 from wire import parse  # noqa: E402
 
+from ops.bench.terminal import answered  # noqa: E402
+
 CLEAN, FOUND, UNEXAMINED, BROKEN_OFF = 0, 1, 3, 130  # 2 is argparse's
 MOST_SECONDS = 86_400
 
@@ -106,7 +108,7 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        sys.exit(answered(main))
     except KeyboardInterrupt:
         say("", True)
         sys.exit(BROKEN_OFF)

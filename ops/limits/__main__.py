@@ -28,6 +28,7 @@ from needs import LIMITS, Limit, Need, Target, addresses, workers_for
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from ops.bench.terminal import answered
 from pushsvc.settings import MOST_WORKERS, Settings  # the numbers of the service have their home there
 
 ENOUGH, SMALL, UNDONE, LATER, UNUSED, ABSENT = "enough", "small", "undone", "later", "unused", "absent"
@@ -220,4 +221,4 @@ def _print(target: Target, options: argparse.Namespace, findings: Sequence[Findi
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answered(main))

@@ -18,9 +18,14 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from types import FrameType
 
 from stage import NotHere, Show, raise_descriptors
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from ops.bench.terminal import answered
 
 MODULES = {"1": "pending", "2": "threads", "3": "ports", "4": "descriptors", "5": "memory"}
 
@@ -59,4 +64,4 @@ def _text(show: Show) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answered(main))
