@@ -60,7 +60,7 @@ class Machine:
 
     def tree(self) -> dict[str, tuple[bytes | None, int]]:
         """All files and folders by name: content and mode."""
-        return {str(path.relative_to(self.root)): (path.read_bytes() if path.is_file() else None, path.stat().st_mode)
+        return {str(path.relative_to(self.root)): (path.read_bytes() if path.is_file() else None, path.lstat().st_mode)
                 for path in self.root.rglob("*")}
 
     def all(self) -> Any:
@@ -221,6 +221,47 @@ def test_files_of_others_are_left_alone_and_a_file_in_our_place_comes_back(machi
     assert b"LimitNOFILE=2000000\n" in (after[FILES[2]][0] or b""), "the drop-in lowers what the unit has"
     machine.run("revert")
 
+    assert machine.all() == before
+
+
+@pytest.mark.parametrize("target", ["99-other.conf", "/dev/null", "nowhere", "../../shared.conf"])
+def test_link_in_the_place_of_a_file_comes_back_and_what_it_leads_to_is_not_touched(
+    machine: Machine, target: str
+) -> None:
+    put(machine.root, "etc/sysctl.d/99-other.conf", "vm.swappiness = 10\n")
+    shared = put(machine.root, "shared.conf", "vm.swappiness = 20\n")
+    link = machine.root / FILES[1]
+    link.symlink_to(target)
+    os.chown(link, 65534, 65534, follow_symlinks=False)
+    before = machine.all()
+
+    code, said = machine.run("apply")
+    assert code == ENOUGH, said
+    assert f"in the place of a link to {target}" in said
+    assert not link.is_symlink()
+    assert shared.read_text() == "vm.swappiness = 20\n"
+    assert machine.run("apply", "--exit-code")[0] == ENOUGH, "nothing more to change"
+    assert machine.run("revert")[0] == ENOUGH
+
+    assert machine.all() == before
+    assert (str(link.readlink()), link.lstat().st_uid) == (target, 65534)
+
+
+def test_link_that_somebody_has_put_there_since_is_left_and_told(machine: Machine) -> None:
+    before = machine.all()
+    machine.run("apply")
+    file = machine.root / FILES[1]
+    content = file.read_bytes()
+    file.unlink()
+    file.symlink_to("copy")
+    file.with_name("copy").write_bytes(content)
+
+    code, said = machine.run("revert")
+
+    assert code == SMALL
+    assert "60-pushsvc.conf was edited since it was written: left as it is" in said
+    file.with_name("copy").unlink()
+    assert machine.run("revert", "--force")[0] == ENOUGH
     assert machine.all() == before
 
 

@@ -79,18 +79,17 @@ def put_files(state: State, root: Path, contents: Mapping[Path, bytes], say: Say
         if now == content:
             continue
         noted = state.files.get(str(full))
-        if noted and now is not None and now not in (_bytes(noted["set"]), _bytes(noted["was"])):
+        if noted and now not in (None, _bytes(noted["set"])) and not _is_as_before(full, noted):
             raise ChangeError(f"{full} was edited since it was written: take the edit out, or `revert --force`")
+        link = f" in the place of a link to {full.readlink()}" if full.is_symlink() else ""
         _put(state, full, content)
-        say(f"{full}: {'written' if now is None else 'written anew'}")
+        say(f"{full}: {'written' if now is None else 'written anew'}{link}")
         count += 1
     return count
 
 
 def _put(state: State, path: Path, content: bytes) -> None:
-    new = {"was": None} if not path.exists() else {"was": _text(path.read_bytes()), "mode": path.stat().st_mode & 0o7777,
-                                                   "owner": [path.stat().st_uid, path.stat().st_gid]}
-    state.files.setdefault(str(path), new)["set"] = _text(content)
+    state.files.setdefault(str(path), _as_before(path))["set"] = _text(content)
     folders = _missing(path.parent)
     state.folders += map(str, folders)
     state.save()
@@ -100,6 +99,23 @@ def _put(state: State, path: Path, content: bytes) -> None:
         replace(path, content)
     except OSError as error:
         raise ChangeError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _as_before(path: Path) -> dict[str, Any]:
+    """What _restore needs of it. Of a link it is the link: what it leads to may be another's, and is never touched."""
+    if path.is_symlink():
+        status = path.lstat()
+        return {"was": None, "link": str(path.readlink()), "owner": [status.st_uid, status.st_gid]}
+    if not path.exists():
+        return {"was": None}
+    status = path.stat()
+    return {"was": _text(path.read_bytes()), "mode": status.st_mode & 0o7777, "owner": [status.st_uid, status.st_gid]}
+
+
+def _is_as_before(path: Path, noted: Mapping[str, Any]) -> bool:
+    if path.is_symlink() or "link" in noted:
+        return path.is_symlink() and str(path.readlink()) == noted.get("link")
+    return (path.read_bytes() if path.exists() else None) == _bytes(noted["was"])
 
 
 def revert(state: State, force: bool, say: Say) -> list[str]:
@@ -132,21 +148,27 @@ def _revert_sysctls(state: State, force: bool, say: Say) -> Iterator[str]:
 
 def _revert_files(state: State, force: bool, say: Say) -> Iterator[str]:
     for name, noted in list(state.files.items()):
-        path, was = Path(name), _bytes(noted["was"])
-        now = path.read_bytes() if path.exists() else None
-        if now not in (was, _bytes(noted["set"])) and not force:
+        path, is_before = Path(name), _is_as_before(Path(name), noted)
+        is_ours = path.is_file() and not path.is_symlink() and path.read_bytes() == _bytes(noted["set"])
+        if not is_before and not is_ours and not force:
             yield f"{path} was edited since it was written: left as it is"
             continue
-        if now != was:
-            _restore(path, was, noted)
-            say(f"{path}: {'removed' if was is None else 'as it was'}")
+        if not is_before:
+            _restore(path, _bytes(noted["was"]), noted)
+            say(f"{path}: {'removed' if noted['was'] is None and 'link' not in noted else 'as it was'}")
         del state.files[name]
         state.save()
 
 
 def _restore(path: Path, was: bytes | None, noted: dict[str, Any]) -> None:
     try:
-        if was is None:
+        if "link" in noted:
+            new = _beside(path)
+            new.unlink(missing_ok=True)
+            new.symlink_to(noted["link"])
+            os.chown(new, *noted["owner"], follow_symlinks=False)
+            new.rename(path)
+        elif was is None:
             path.unlink()
         else:
             replace(path, was, noted["mode"])
@@ -157,13 +179,17 @@ def _restore(path: Path, was: bytes | None, noted: dict[str, Any]) -> None:
 
 def replace(path: Path, content: bytes, mode: int = 0o644) -> None:
     """Write a file whole or not at all."""
-    new = path.with_name(f".{path.name}.new")
+    new = _beside(path)
     with new.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     new.chmod(mode)
     new.rename(path)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.new")
 
 
 def _missing(folder: Path) -> list[Path]:
