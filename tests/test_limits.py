@@ -478,6 +478,16 @@ def test_tool_whose_answer_nobody_reads_ends_without_a_word(command: list[str], 
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
+@pytest.mark.parametrize("action", ["check", "apply", "revert"])
+@pytest.mark.parametrize("name", ["missing", "file"])
+def test_root_that_is_no_folder_is_wrong_usage_and_nothing_is_made(action: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = tool(action, "--no-sysctl", "--root", str(tmp_path / name))
+    assert done.returncode == USAGE
+    assert done.stderr.splitlines()[-1].endswith(f"error: --root: no folder {tmp_path / name}")
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
 def test_broken_connection_is_not_taken_for_an_answer_that_nobody_reads() -> None:
     def broken() -> int:
         raise BrokenPipeError("of a connection")

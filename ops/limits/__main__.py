@@ -135,7 +135,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--force", action="store_true", help="revert: also what somebody has changed since")
     parser.add_argument("--exit-code", action="store_true", help="exit with 4 if something was changed")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.root = options.root.absolute()
+    if not options.root.is_dir():
+        parser.error(f"--root: no folder {options.root}")
+    return options
 
 
 def _count(text: str) -> int:
@@ -153,7 +157,6 @@ def _workers(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    options.root = options.root.absolute()
     target, done, left, error = target_of(options), list[str](), list[str](), ""
     try:
         _refuse_without_root(options)
