@@ -351,6 +351,23 @@ def test_address_that_nobody_listens_on_is_unexamined() -> None:
     assert (run.code, run.checks) == (UNEXAMINED, []), run.text
 
 
+def test_progress_is_a_bar_on_a_terminal_and_goes_with_the_report(open_server: Server) -> None:
+    terminal, end = os.openpty()
+    command = [sys.executable, str(ROOT / "ops" / "doctor"), "--only", "path", "--url", open_server.url, "--seconds", "1"]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=end, timeout=PATIENCE, check=False)
+        told = os.read(terminal, 1 << 16).decode()
+    finally:
+        os.close(end)
+        os.close(terminal)
+
+    assert done.returncode == FOUND
+    lines = told.split("\r\x1b[K")
+    assert re.fullmatch(r"\[#+\.*\] +\d+% listening to silence, \d s more", lines[-2]), told
+    assert lines[-1] == "", "the line is taken away"
+    assert "\n" not in told
+
+
 def test_doctor_that_is_broken_off_ends_at_once(open_server: Server) -> None:
     arguments = ["--only", "path", "--url", open_server.url, "--seconds", "90"]
     command = [sys.executable, str(ROOT / "ops" / "doctor"), *arguments]

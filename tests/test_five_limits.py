@@ -50,6 +50,8 @@ def shown() -> Iterator[Shown]:
             missing(err.strip())
         assert running[limit].returncode == 0, f"{err}\n{out}"
         phases = json.loads(out)["phases"]
+        assert err == "", "progress is for a terminal"
+        assert len(phases) <= json.loads(out)["steps"]
         return {name: [each["figures"] for each in phases if each["name"] == name]
                 for name in ("before", "symptom", "after")} | {"notes": json.loads(out)["notes"]}
 

@@ -308,6 +308,8 @@ def test_small_real_calibration_finds_plausible_costs_and_is_used(tmp_path: Path
     file = tmp_path / "file"
     done = plan(*REQUIRED, "--calibrate", "--calibration", file, "--sample", TINY, "--json", "--proxies", 0)
     assert done.returncode in (0, 1), done.stderr
+    assert [line.partition(" ")[2] for line in done.stderr.splitlines()[:3]] == [
+        "streams on one topic", "streams with a topic of their own", "streams of 8 topics at two workers"]
     found = json.loads(done.stdout)
     assert set(found) == {"fits", "load", "machine", "settings", "calibration", "rates", "needs", "walls", "first_wall",
                           "first_hard_wall", "assumptions"}

@@ -22,7 +22,7 @@ from finding import Report  # noqa: E402
 from host import HostError  # noqa: E402
 from wire import parse  # noqa: E402
 
-from ops.bench.terminal import answered  # noqa: E402
+from ops.bench.terminal import answered, say  # noqa: E402
 
 CLEAN, FOUND, UNEXAMINED, BROKEN_OFF = 0, 1, 3, 130  # 2 is argparse's
 MOST_SECONDS = 86_400
@@ -52,14 +52,6 @@ def _path(options: argparse.Namespace) -> Report:
     assert url is not None, "without --url there is no path"
     return path.examine(visit.Asked(url, publish, direct, options.token, options.origin, options.proxy_config,
                                    options.seconds), say)
-
-
-def say(text: str, again: bool) -> None:
-    """Progress: on a terminal one line that is written over, elsewhere a line for what is new."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-    elif not again:
-        print(text, file=sys.stderr, flush=True)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -110,5 +102,5 @@ if __name__ == "__main__":
     try:
         sys.exit(answered(main))
     except KeyboardInterrupt:
-        say("", True)
+        say("")
         sys.exit(BROKEN_OFF)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
 import marks
 import replies
 import silence
 import tls
 from finding import Report
-from visit import ARRIVE_SECONDS, BROWSER, PLAIN, Asked, Failure, Visit, detail, own_target
+from visit import ARRIVE_SECONDS, BROWSER, PLAIN, Asked, Failure, Say, Visit, detail, own_target
 from wire import Answer, Head
 
 MOST_REDIRECTS = 5
@@ -23,7 +22,7 @@ class Unexamined(Exception):
     """Why nothing more could be examined."""
 
 
-def examine(asked: Asked, say: Callable[[str, bool], None]) -> Report:
+def examine(asked: Asked, say: Say) -> Report:
     visit = Visit(asked, say, own_target(asked.target))
     try:
         _follow(visit)
@@ -148,6 +147,7 @@ def _listen(visit: Visit) -> None:
     """What needs an open stream; silence takes longest, so it is listened to meanwhile."""
     listening = silence.start(visit)
     for step in (marks.examine, replies.errors, replies.access, replies.cors, replies.headers):
+        visit.say(f"examining {step.__doc__}", listening.part(), True)
         try:
             step(visit)
         except Failure as error:

@@ -27,7 +27,23 @@ class Heard:
     cut: bool
 
 
-def start(visit: Visit) -> Future[Heard]:
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """What is heard meanwhile. begun: when, by the monotonic clock. seconds: how long it takes at most."""
+
+    heard: Future[Heard]
+    begun: float
+    seconds: float
+
+    def left(self) -> float:
+        return max(0.0, self.begun + self.seconds - time.monotonic())
+
+    def part(self) -> float:
+        """Of the time, what is over."""
+        return 1 - self.left() / self.seconds
+
+
+def start(visit: Visit) -> Listening:
     """Begin to listen, in a thread that does not hold up the end of the program."""
     heard: Future[Heard] = Future()
 
@@ -38,7 +54,7 @@ def start(visit: Visit) -> Future[Heard]:
             heard.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    return heard
+    return Listening(heard, time.monotonic(), visit.asked.seconds)
 
 
 def listen(visit: Visit) -> Heard:
@@ -52,16 +68,15 @@ def listen(visit: Visit) -> Heard:
     return Heard(end - arrivals[0], end - arrivals[-1], max(beats, default=0.0), answer.ended and not _said_why(answer))
 
 
-def wait(visit: Visit, listening: Future[Heard]) -> None:
+def wait(visit: Visit, listening: Listening) -> None:
     """Until the listening ends; then tell what was heard."""
-    end = time.monotonic() + visit.asked.seconds
-    visit.say(f"listening to silence for {visit.asked.seconds:g} s", False)
-    while not listening.done():
-        visit.say(f"listening to silence, {max(0.0, end - time.monotonic()):.0f} s more", True)
+    visit.say(f"listening to silence for {visit.asked.seconds:g} s", listening.part(), False)
+    while not listening.heard.done():
+        visit.say(f"listening to silence, {listening.left():.0f} s more", listening.part(), True)
         time.sleep(0.1)
-    visit.say("", True)
+    visit.say("", None, True)
     try:
-        _tell(visit, listening.result())
+        _tell(visit, listening.heard.result())
     except Failure as error:
         visit.note(f"silence: {error or 'no answer in time'}")
 

@@ -22,6 +22,7 @@ BROWSER = {"Accept": "text/event-stream", "Accept-Encoding": "gzip, deflate, br,
 PLAIN = BROWSER | {"Accept-Encoding": "identity"}
 OWN = "doctor-"  # what the doctor's own topics begin with
 FORM = "application/x-www-form-urlencoded"
+Say = Callable[[str, float | None, bool], None]  # text, the part of the whole that is done, whether it is only renewed
 Failure = (OSError, WireError)  # a TimeoutError is an OSError
 
 
@@ -41,10 +42,10 @@ class Asked:
 
 @dataclass(slots=True)
 class Visit:
-    """One examination. target: moves on with redirects. say: shows progress; `again` for what only renews it."""
+    """One examination. target: moves on with redirects. say: shows progress."""
 
     asked: Asked
-    say: Callable[[str, bool], None]
+    say: Say
     target: Target
     report: Report = field(default_factory=Report)
 

@@ -18,7 +18,7 @@ STORM_PER_SECOND = 50
 def run(streams: int = 200) -> Show:
     """streams: for how many there are descriptors; twice as many clients come."""
     leave_network()
-    show = Show(4, "descriptors")
+    show = Show(4, "descriptors", steps=4)
     nofile, settings = streams + CONNECTIONS + OWN, {"PUSHSVC_MAX_CONNECTIONS": str(CONNECTIONS)}
     with service(settings, nofile=nofile) as found:
         before = show.add("before", f"pushsvc, nofile {nofile}, {streams // 2} clients", **_hold(found, streams // 2))

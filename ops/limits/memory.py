@@ -71,7 +71,7 @@ def group() -> Iterator[Group]:
 def run(streams: int = 2000) -> Show:
     """streams: that many clients come; fewer than that fill the memory."""
     leave_network()
-    show = Show(5, "memory")
+    show = Show(5, "memory", steps=2)
     try:
         symptom = _in_group(show, "symptom", "the service does not look at its memory", streams,
                             {"PUSHSVC_MAX_MEMORY_BYTES": UNLIMITED})

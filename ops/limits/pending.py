@@ -19,7 +19,7 @@ def run(streams: int = 2000) -> Show:
     """streams: that many clients come at once; at least four times what the short queue holds."""
     leave_network()
     streams = max(streams, 4 * SMALL)
-    show = Show(1, "pending connections")
+    show = Show(1, "pending connections", steps=3)
     set_sysctl("net.core.somaxconn", str(SMALL))
     with service() as small:
         before = show.add("before", f"somaxconn {SMALL}, {FEW} clients at once", **_storm(small, FEW))

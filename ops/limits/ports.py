@@ -39,7 +39,7 @@ backend pushsvc
 def run(streams: int = 300) -> Show:
     """streams: that many clients; the proxy has a third as many ports."""
     leave_network()
-    show = Show(3, "ephemeral ports")
+    show = Show(3, "ephemeral ports", steps=5)
     ports = max(3, streams // 3)
     set_sysctl("net.ipv4.ip_local_port_range", f"{LOW} {LOW + ports - 1}")
     first, all_of_them = f"{ADDRESSES[0]}:{PORT}", [f"{address}:{PORT}" for address in ADDRESSES]

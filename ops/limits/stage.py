@@ -19,6 +19,10 @@ from typing import Any
 from clients import PORT, get
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT))
+
+from ops.bench.terminal import say  # noqa: E402
+
 HERE = Path(__file__).parent
 START_SECONDS, STOP_SECONDS = 30.0, 5.0
 CLONE_NEWNET = 0x40000000  # linux/sched.h
@@ -165,14 +169,21 @@ class Phase:
 
 @dataclass(slots=True)
 class Show:
-    """All phases, and whether they showed what they are to show. notes: what the reader has to know."""
+    """All phases, and whether they showed what they are to show. steps: how many phases there will be. notes: what the
+    reader has to know."""
 
     limit: int
     title: str
+    steps: int
     phases: list[Phase] = field(default_factory=list)
     shown: bool = False
     notes: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        say(f"{self.title}: {self.steps} phases", 0.0, again=True)
+
     def add(self, name: str, what: str, **figures: Any) -> dict[str, Any]:
+        """A phase that is over."""
         self.phases.append(Phase(name, what, figures))
+        say(f"{self.title}: {name}, {what}", len(self.phases) / self.steps, again=True)
         return figures

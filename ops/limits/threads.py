@@ -22,7 +22,7 @@ WATCH = {"GEVENT_MONITOR_THREAD_ENABLE": "true", "GEVENT_MAX_BLOCKING_TIME": "0.
 
 def run(streams: int = 1000) -> Show:
     leave_network()
-    show = Show(2, "threads")
+    show = Show(2, "threads", steps=5)
     with service(app="stock_app:app", config="ops/limits/stock_conf.py",
                  arguments=("-k", "gthread", "--threads", str(THREADS))) as stock:
         pool = show.add("symptom", f"a thread for each stream: Flask under gunicorn's gthread with {THREADS} threads",

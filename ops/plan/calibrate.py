@@ -42,7 +42,8 @@ SETTLE_SECONDS = 0.3
 ARRIVE_SECONDS = 30.0
 ROUNDS = 5
 LEAST_STREAMS = 100
-Progress = Callable[[str], None]
+Progress = Callable[[str, float, bool], None]  # text, the part of the whole that is done, whether it is only renewed
+STARTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +84,10 @@ def calibrate(sample: Sample, progress: Progress) -> Calibration:
         raise PlanError(f"a calibration opens {LEAST_STREAMS} to {PER_PROCESS} streams, not {sample.streams}")
     begun, machine = time.monotonic(), this_machine()
     try:
-        progress(f"{sample.streams:,} streams on one topic")
-        first, shared = _shared(sample)
-        progress(f"{sample.streams:,} streams with a topic of their own")
-        second, own = _own(sample, shared)
-        progress(f"{sample.streams:,} streams of {TOPICS} topics at two workers")
-        third, two = _two_workers(sample, own)
+        first, shared = _shared(sample, _told(progress, 0, f"{sample.streams:,} streams on one topic"))
+        second, own = _own(sample, shared, _told(progress, 1, f"{sample.streams:,} streams with a topic of their own"))
+        third, two = _two_workers(sample, own, _told(progress, 2, f"{sample.streams:,} streams of {TOPICS} topics at two "
+                                                                  "workers"))
         socket = statistics.median(each.socket_bytes for each in (first, second, third))
         costs = Costs(**shared, **own, **two, socket_bytes=socket)
     except (ServerError, FleetError, MeasureError, PublishError, OSError) as error:
@@ -97,8 +96,14 @@ def calibrate(sample: Sample, progress: Progress) -> Calibration:
                        seconds=round(time.monotonic() - begun, 1), costs=costs)
 
 
-def _shared(sample: Sample) -> tuple[Opened, dict[str, float]]:
-    with _service(1, QUIET_SECONDS, sample) as rig:
+def _told(progress: Progress, start: int, text: str) -> Callable[[str], None]:
+    """Tell that a start begins; what tells how it goes on."""
+    progress(text, start / STARTS, False)
+    return lambda more: progress(f"{text}: {more}", start / STARTS, True)
+
+
+def _shared(sample: Sample, tell: Callable[[str], None]) -> tuple[Opened, dict[str, float]]:
+    with _service(1, QUIET_SECONDS, sample, tell) as rig:
         idle, service = _idle(rig, sample.seconds), probe.pss_bytes(rig.pids)
         opened = _open(rig, sample.streams, SHARED, idle)
         publish = _publishes(rig, sample.singles)
@@ -109,8 +114,8 @@ def _shared(sample: Sample) -> tuple[Opened, dict[str, float]]:
         "frame_bytes": seen.bytes / seen.events - DATA_BYTES}
 
 
-def _own(sample: Sample, shared: dict[str, float]) -> tuple[Opened, dict[str, float]]:
-    with _service(1, QUIET_SECONDS, sample) as rig:
+def _own(sample: Sample, shared: dict[str, float], tell: Callable[[str], None]) -> tuple[Opened, dict[str, float]]:
+    with _service(1, QUIET_SECONDS, sample, tell) as rig:
         opened = _open(rig, sample.streams, OWN, shared["idle_us"])
         publish, single = _singles(rig, sample.singles)
         seen, spent = _events(rig, sample.events)
@@ -120,8 +125,8 @@ def _own(sample: Sample, shared: dict[str, float]) -> tuple[Opened, dict[str, fl
         "connect_topic_us": max(0.0, opened.us - shared["connect_us"]), "single_us": max(apart, single)}
 
 
-def _two_workers(sample: Sample, own: dict[str, float]) -> tuple[Opened, dict[str, float]]:
-    with _service(2, HEARTBEAT_SECONDS, sample) as rig:
+def _two_workers(sample: Sample, own: dict[str, float], tell: Callable[[str], None]) -> tuple[Opened, dict[str, float]]:
+    with _service(2, HEARTBEAT_SECONDS, sample, tell) as rig:
         idle, workers = _idle(rig, sample.seconds), [_private_bytes(pid) for pid in rig.pids[1:]]
         publish = _publishes(rig, sample.singles)
         opened = _open(rig, sample.streams, MANY, idle)
@@ -133,20 +138,16 @@ def _two_workers(sample: Sample, own: dict[str, float]) -> tuple[Opened, dict[st
 
 
 @contextmanager
-def _service(workers: int, heartbeat: float, sample: Sample) -> Iterator[Rig]:
+def _service(workers: int, heartbeat: float, sample: Sample, tell: Callable[[str], None]) -> Iterator[Rig]:
     """It runs, and what is allocated once is allocated."""
     settings = {"PUSHSVC_HEARTBEAT_SECONDS": str(heartbeat), "PUSHSVC_DRAIN_SECONDS": "0"}
     server = Pushsvc(workers=workers, settings=settings)
-    with rigged(server, Cores(), sample.streams, _say_nothing) as rig:
+    with rigged(server, Cores(), sample.streams, tell) as rig:
         server.wait_for_workers(WORKERS_SECONDS)
         rig.pids = server.pids()
         _publishes(rig, sample.singles)
         time.sleep(SETTLE_SECONDS)
         yield rig
-
-
-def _say_nothing(text: str) -> None:
-    """The phases are told, what happens in them is not."""
 
 
 def _idle(rig: Rig, seconds: float) -> float:

@@ -19,6 +19,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
 
+from ops.bench.terminal import say
 from ops.plan import calibration, sheet
 from ops.plan.calibration import Calibration
 from ops.plan.errors import PlanError
@@ -67,7 +68,10 @@ def _calibration(options: argparse.Namespace) -> Calibration:
         return calibration.load(path)
     from ops.plan.calibrate import Sample, calibrate  # the bench's clients: a plan from a file does without
 
-    found = calibrate(Sample(options.sample), lambda text: print(text, file=sys.stderr, flush=True))
+    try:
+        found = calibrate(Sample(options.sample), say)
+    finally:
+        say("")
     calibration.save(found, path)
     print(f"took {found.seconds:.0f} s, kept in {path}", file=sys.stderr)
     return found
