@@ -24,6 +24,7 @@ from tests.test_console import start_browser  # noqa: F401
 
 sys.path += [str(ROOT / "ops"), str(ROOT / "ops" / "bench")]
 
+from load.cli import main as command_line
 from load.figures import differences, figures
 from load.ramp import Climb, Usage, broken, limits_of
 from load.recording import read_recording
@@ -34,6 +35,7 @@ from load.verify import Book, Tally, Track, behind
 from load.wire import data_of, read
 
 LOAD = [sys.executable, str(ROOT / "ops" / "load")]
+SHAPE = ROOT / "ops/load/shapes/ubuntu-irc-2006-06-01.jsonl"
 SHARED = ROOT.parent / "shared" / "traffic"
 TIMEOUT = 60
 HEAD = "seconds,kind,who,bytes\n"
@@ -500,13 +502,50 @@ def test_shape_that_is_not_there_is_refused_with_a_message(tmp_path: Path) -> No
     assert "nothing" in done.stderr
 
 
-@pytest.mark.parametrize("command", [["replay", ROOT / "ops/load/shapes/ubuntu-irc-2006-06-01.jsonl"],
-                                     ["ramp", "--step", "10"]], ids=["replay", "ramp"])
+@pytest.mark.parametrize("command", [["replay", SHAPE], ["ramp", "--step", "10"]], ids=["replay", "ramp"])
 def test_address_where_nobody_listens_is_told_at_once(command: list[Any]) -> None:
     done = load(*command, "--url", "http://127.0.0.1:1")
 
     assert done.returncode == 2
     assert "nobody answers on 127.0.0.1:1" in done.stderr
+
+
+BAD_ARGUMENTS = {
+    "ramp --topics 0": "argument --topics: a whole number of at least 1 is wanted, not '0'",
+    "ramp --streams abc": "argument --streams: a whole number of at least 1 is wanted, not 'abc'",
+    "ramp --rate nan": "argument --rate: a number above 0 is wanted, not 'nan'",
+    "ramp --p99 inf": "argument --p99: a number above 0 is wanted, not 'inf'",
+    "ramp --set FOO": "argument --set: NAME=VALUE is wanted, not 'FOO'",
+    "ramp --pids 1,abc": "argument --pids: a whole number of at least 1 is wanted, not 'abc'",
+    f"replay {SHAPE} --times 0": "argument --times: a whole number of at least 1 is wanted, not '0'",
+    f"replay {SHAPE} --readers 0": "argument --readers: a whole number of at least 1 is wanted, not '0'",
+    f"show {SHAPE} --spread -3": "argument --spread: a number of at least 0 is wanted, not '-3'",
+    f"compare {SHAPE} {SHAPE} --tolerance x": "argument --tolerance: a number of at least 0 is wanted, not 'x'",
+    "dark --canary http://127.0.0.1:1 --percent 5,x": "argument --percent: a list of numbers above 0 and up to 100 is "
+                                                      "wanted, not 'x'",
+}
+
+
+@pytest.mark.parametrize(("line", "said"), BAD_ARGUMENTS.items(), ids=[*map(str, range(len(BAD_ARGUMENTS)))])
+def test_argument_that_cannot_be_is_refused_with_what_is_wanted(
+        line: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command_line(line.split())
+
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {said}")
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"load": 2, "kind": "ramp"}', '{"load": 1, "kind": "replay"}',
+                                  '{"load": 1, "kind": "ramp", "label": "", "levels": []}'])
+def test_file_that_is_no_result_makes_no_report(text: str, tmp_path: Path) -> None:
+    (tmp_path / "foreign.json").write_text(text)
+
+    done = load("report", tmp_path / "foreign.json", "-o", tmp_path / "page.html")
+
+    assert done.returncode == 2
+    assert re.fullmatch(rf"load: {tmp_path}/foreign.json is not the result of a load test \(.*\)\n", done.stderr)
+    assert not (tmp_path / "page.html").exists()
 
 
 # --- Ramp and dark test ----------------------------------------------------------------------------------

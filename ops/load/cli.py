@@ -19,13 +19,14 @@ from fleet import FleetError, run, say_progress
 from publisher import PublishError
 from servers import ServerError
 
+from load.arguments import not_negative, percents, pids, positive, setting, whole
 from load.crew import CrewError
 from load.dark import Dark, Site, Test
 from load.figures import differences, figures
 from load.ramp import RATE, STREAMS, Climb, Ramp
 from load.recording import read_recording
 from load.replay import FORMAT, Plan, replay
-from load.report import page
+from load.report import page, read_result
 from load.shape import Shape, ShapeError, expanded, read_shape, write_shape
 from load.table import read_table
 from load.targets import FORMS, address_of, server_of, token_of
@@ -125,24 +126,17 @@ def _figures_text(found: dict[str, float]) -> str:
 
 
 def _add_expansion(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--speed", type=_positive, default=1.0, help="how many times as fast (%(default)g)")
-    parser.add_argument("--times", type=int, default=1, help="copies of the population (%(default)s)")
-    parser.add_argument("--spread", type=float, default=0.1,
+    parser.add_argument("--speed", type=positive, default=1.0, help="how many times as fast (%(default)g)")
+    parser.add_argument("--times", type=whole(1), default=1, help="copies of the population (%(default)s)")
+    parser.add_argument("--spread", type=not_negative, default=0.1,
                         help="the part of the duration over which the copies begin (%(default)g)")
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
 
 
 def _add_compare(commands: Any) -> None:
     parser = _command(commands, "compare", _compare, "Whether two shapes are alike: rates, lifetimes, sizes, fan-outs.")
     parser.add_argument("first", type=Path)
     parser.add_argument("second", type=Path)
-    parser.add_argument("--tolerance", type=float, default=0.1, help="as a part of the larger (%(default)g)")
+    parser.add_argument("--tolerance", type=not_negative, default=0.1, help="as a part of the larger (%(default)g)")
     parser.add_argument_group("the first is expanded before it is compared")
     _add_expansion(parser)
 
@@ -166,12 +160,13 @@ def _add_replay(commands: Any) -> None:
     parser.add_argument("shape", type=Path)
     _add_expansion(parser)
     _add_server(parser)
-    parser.add_argument("--breaks", type=float, default=0.0, metavar="SECONDS",
+    parser.add_argument("--breaks", type=not_negative, default=0.0, metavar="SECONDS",
                         help="break each stream every so many seconds on average; it resumes (0: never)")
-    parser.add_argument("--readers", type=int, default=2, help="processes that read, at least (%(default)s)")
-    parser.add_argument("--settle", type=float, default=15.0, metavar="SECONDS",
+    parser.add_argument("--readers", type=whole(1), default=2, help="processes that read, at least (%(default)s)")
+    parser.add_argument("--settle", type=not_negative, default=15.0, metavar="SECONDS",
                         help="how long the last events may take (%(default)g)")
-    parser.add_argument("--p99", type=float, metavar="MS", help="an objective: exit code 1 if the p99 latency is above")
+    parser.add_argument("--p99", type=positive, metavar="MS",
+                        help="an objective: exit code 1 if the p99 latency is above")
     _add_output(parser)
 
 
@@ -187,9 +182,10 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--start", choices=sorted(FORMS), help="start this server for the run")
     parser.add_argument("--server", choices=sorted(FORMS), default="pushsvc", help="which kind it is (%(default)s)")
     parser.add_argument("--token", default="", help="sent as a bearer token")
-    parser.add_argument("--pids", default="", help="its processes on this machine (default: those that have its port)")
-    parser.add_argument("--workers", type=int, default=2, help="of a pushsvc or nchan that is started (%(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
+    parser.add_argument("--pids", type=pids, default="",
+                        help="its processes on this machine (default: those that have its port)")
+    parser.add_argument("--workers", type=whole(1), default=2, help="of a pushsvc or nchan that is started (%(default)s)")
+    parser.add_argument("--set", type=setting, action="append", default=[], metavar="NAME=VALUE",
                         help="a setting of a pushsvc that is started, PUSHSVC_...")
 
 
@@ -199,12 +195,11 @@ def _served(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if not options.start:
         host, port = address_of(options.url)
         _knock(host, port)
-        pids = [int(pid) for pid in options.pids.split(",") if pid] or (
-            listeners(port) if host.startswith("127.") or host == "localhost" else [])
+        pids = options.pids or (listeners(port) if host.startswith("127.") or host == "localhost" else [])
         yield {"host": host, "port": port, "form": options.server, "token": options.token, "pids": pids,
                "about": {"url": options.url}}
         return
-    server = server_of(options.start, options.workers, dict(each.split("=", 1) for each in options.set))
+    server = server_of(options.start, options.workers, dict(options.set))
     with servers.running(server) as pids:
         yield {"host": servers.HOST, "port": server.port, "form": options.start, "token": token_of(server), "pids": pids,
                "about": {"version": server.version(), "workers": len(pids)}}
@@ -269,20 +264,20 @@ def _add_ramp(commands: Any) -> None:
                       "limit it was. Exit code 1 if it breaks.")
     _add_server(parser)
     parser.add_argument("--raise", dest="raise_", choices=(STREAMS, RATE), default=STREAMS, help="(%(default)s)")
-    parser.add_argument("--step", type=int, default=1000, help="how much more at each level (%(default)s)")
-    parser.add_argument("--most", type=int, default=15_000, help="the last level (%(default)s)")
-    parser.add_argument("--streams", type=int, default=1000, help="when the rate is raised (%(default)s)")
-    parser.add_argument("--rate", type=_positive, default=20.0, help="events/s when streams are raised (%(default)g)")
-    parser.add_argument("--topics", type=int, default=1, help="streams and events are spread over (%(default)s)")
-    parser.add_argument("--hold", type=_positive, default=5.0, metavar="SECONDS", help="of each level (%(default)g)")
-    parser.add_argument("--p99", type=_positive, default=1000.0, metavar="MS", help="the objective (%(default)g)")
-    parser.add_argument("--errors", type=int, default=0, help="streams or deliveries that may fail (%(default)s)")
+    parser.add_argument("--step", type=whole(1), default=1000, help="how much more at each level (%(default)s)")
+    parser.add_argument("--most", type=whole(1), default=15_000, help="the last level (%(default)s)")
+    parser.add_argument("--streams", type=whole(1), default=1000, help="when the rate is raised (%(default)s)")
+    parser.add_argument("--rate", type=positive, default=20.0, help="events/s when streams are raised (%(default)g)")
+    parser.add_argument("--topics", type=whole(1), default=1, help="streams and events are spread over (%(default)s)")
+    parser.add_argument("--hold", type=positive, default=5.0, metavar="SECONDS", help="of each level (%(default)g)")
+    parser.add_argument("--p99", type=positive, default=1000.0, metavar="MS", help="the objective (%(default)g)")
+    parser.add_argument("--errors", type=whole(0), default=0, help="streams or deliveries that may fail (%(default)s)")
     _add_output(parser)
 
 
 def _ramp(options: argparse.Namespace) -> int:
-    if not 0 < options.step <= options.most:
-        raise ValueError("--step is above 0 and not above --most")
+    if options.step > options.most:
+        raise ValueError("--step is not above --most")
     climb = Climb(options.raise_, options.step, options.most, options.streams, options.rate, options.topics, options.hold,
                   options.p99, options.errors)
     with _served(options) as server:
@@ -311,20 +306,18 @@ def _add_dark(commands: Any) -> None:
     parser.add_argument("--canary-token", default="", help="for the command's own stream and events")
     parser.add_argument("--open", default="", metavar="URL", help="what the pages open (CANARY/events?topic=dark)")
     parser.add_argument("--topic", default="pushsvc-dark", help="of the orders (%(default)s)")
-    parser.add_argument("--streams", type=int, default=1, help="extra streams of each page (%(default)s)")
-    parser.add_argument("--percent", default="1,2,5,10,20,50,100", help="of the pages, level by level (%(default)s)")
-    parser.add_argument("--hold", type=_positive, default=60.0, metavar="SECONDS", help="of each level (%(default)g)")
-    parser.add_argument("--p99", type=_positive, default=500.0, metavar="MS", help="the objective (%(default)g)")
-    parser.add_argument("--most", type=int, default=0, help="streams on the canary at which to stop (0: no bound)")
+    parser.add_argument("--streams", type=whole(1), default=1, help="extra streams of each page (%(default)s)")
+    parser.add_argument("--percent", type=percents, default="1,2,5,10,20,50,100",
+                        help="of the pages, level by level (%(default)s)")
+    parser.add_argument("--hold", type=positive, default=60.0, metavar="SECONDS", help="of each level (%(default)g)")
+    parser.add_argument("--p99", type=positive, default=500.0, metavar="MS", help="the objective (%(default)g)")
+    parser.add_argument("--most", type=whole(0), default=0, help="streams on the canary at which to stop (0: no bound)")
     _add_output(parser)
 
 
 def _dark(options: argparse.Namespace) -> int:
-    percents = [float(each) for each in options.percent.split(",")]
-    if not percents or not all(0 < percent <= 100 for percent in percents):
-        raise ValueError("--percent is a list of numbers above 0 and up to 100")
     url = options.open or f"{options.canary.rstrip('/')}/events?topic=dark"
-    test = Test(options.topic, url, options.streams, percents, options.hold, options.p99, options.most)
+    test = Test(options.topic, url, options.streams, options.percent, options.hold, options.p99, options.most)
     service = Site(*address_of(options.url), options.token)
     canary = Site(*address_of(options.canary), options.canary_token)
     found = Dark(test, service, canary, say_progress).run()
@@ -342,7 +335,7 @@ def _add_report(commands: Any) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    results = [json.loads(path.read_text()) for path in options.results]
+    results = [read_result(path) for path in options.results]
     options.output.write_text(page(results))
     _print(options, {"written": str(options.output), "results": len(results)}, f"{options.output} has {len(results)}")
     return OK

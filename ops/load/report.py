@@ -3,11 +3,14 @@ font from anywhere else."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from load.charts import bars, legend, lines, short
+from load.replay import FORMAT
 
 Found = dict[str, Any]
 STYLE = """
@@ -30,12 +33,27 @@ svg text { font-size: 11px; fill: var(--dim); } .grid { stroke: var(--rule); str
               f"{colour}; }}\n" for place, colour in enumerate(("#2f6fde", "#d9822b", "#2a9d6f", "#b0459c", "#8a6d3b",
                                                                 "#c8322b")))
 VERDICT = {True: "yes", False: "NO"}
+REPLAY, CLIMBS = "replay", ("ramp", "dark")
+
+
+def read_result(path: Path) -> Found:
+    """What a replay, a ramp or a dark test has written. Raises ValueError for anything that makes no page."""
+    try:
+        found: Found = json.loads(path.read_text())
+        if found["load"] != FORMAT or found["kind"] not in (REPLAY, *CLIMBS):
+            raise ValueError("another format or kind")
+        page([found])
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise ValueError(f"{path} is not the result of a load test ({type(error).__name__}: {error})") from None
+    return found
 
 
 def page(results: Sequence[Found]) -> str:
     """The whole page. results: what replay, ramp and dark have found, in any number."""
-    replays = [each for each in results if each["kind"] == "replay"]
-    climbs = [each for each in results if each["kind"] in ("ramp", "dark")]
+    replays = [each for each in results if each["kind"] == REPLAY]
+    climbs = [each for each in results if each["kind"] in CLIMBS]
     parts = [_replays(replays) if replays else "", *(_climb(each) for each in climbs), _conditions(results)]
     return (f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>Load report</title>'
             f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n<body>'

@@ -1,0 +1,59 @@
+"""What an argument of the command line may be. Each raises ArgumentTypeError: what is wanted, and what came."""
+
+from __future__ import annotations
+
+import math
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+
+
+def number(wanted: str, is_good: Callable[[float], bool]) -> Callable[[str], float]:
+    """A finite number for which this holds. wanted: in words."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not is_good(value):
+            raise ArgumentTypeError(f"{wanted} is wanted, not {text!r}")
+        return value
+
+    return parse
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """A whole number from `least` on."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise ArgumentTypeError(f"a whole number of at least {least} is wanted, not {text!r}")
+        return value
+
+    return parse
+
+
+positive = number("a number above 0", lambda value: value > 0)
+not_negative = number("a number of at least 0", lambda value: value >= 0)
+percent = number("a list of numbers above 0 and up to 100", lambda value: 0 < value <= 100)
+pid = whole(1)
+
+
+def percents(text: str) -> list[float]:
+    return [percent(each) for each in text.split(",")]
+
+
+def pids(text: str) -> list[int]:
+    return [pid(each) for each in text.split(",")] if text else []
+
+
+def setting(text: str) -> tuple[str, str]:
+    """Name and value."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise ArgumentTypeError(f"NAME=VALUE is wanted, not {text!r}")
+    return name, value
