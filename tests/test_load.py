@@ -129,6 +129,39 @@ def test_real_chat_becomes_a_shape_with_all_its_events(name: str, tmp_path: Path
     assert not re.search(r"u\d", (tmp_path / "shape").read_text())
 
 
+OPEN, EVENT = ["open", 1.0, 1, 1, [1], 0], ["event", 2.0, [1], 5, 0, "all", 0, 1]
+BAD_ROWS = {
+    "cut off": ('["open", 1.0, 1', ", column 16: no JSON"),
+    "empty": ("", ", column 1: no JSON"),
+    "no array": ('{"open": 1}', ": it is open, close, event: an array"),
+    "another word": ('["opened", 1]', ": it is open, close, event: an array"),
+    "too short": (json.dumps(EVENT[:-1]), ": `event` is followed by at, topics, bytes, type, keep, key, fan_out"),
+    "a word for a time": (json.dumps([*OPEN[:1], "x", *OPEN[2:]]), ': at is a number of 0 or more, not "x"'),
+    "no time": (json.dumps([*OPEN[:1], float("nan"), *OPEN[2:]]), ": at is a number of 0 or more, not NaN"),
+    "no topic": (json.dumps([*OPEN[:4], [], 0]), ": topics is an array of one whole number or more, not []"),
+    "a size below 0": (json.dumps([*EVENT[:3], -5, *EVENT[4:]]), ": bytes is a whole number of 0 or more, not -5"),
+    "another keep": (json.dumps([*EVENT[:5], "some", *EVENT[6:]]), ': keep is all, latest, none, not "some"'),
+}
+
+
+@pytest.mark.parametrize(("row", "said"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_damaged_shape_is_refused_with_its_line(row: str, said: str, tmp_path: Path) -> None:
+    rows = ['{"shape": 1, "seconds": 3.0, "source": "x"}', json.dumps(OPEN), row, json.dumps(EVENT)]
+    (tmp_path / "shape").write_text("\n".join(rows) + "\n")
+
+    with pytest.raises(ShapeError, match=re.escape(f"{tmp_path}/shape, line 3{said}")):
+        read_shape(tmp_path / "shape")
+
+
+@pytest.mark.parametrize("head", ["", "[]", '{"shape": 2}', '{"shape": 1, "source": "x"}',
+                                  '{"shape": 1, "seconds": "3", "source": "x"}'], ids=range(5))
+def test_file_that_does_not_begin_as_a_shape_is_refused_with_its_first_line(head: str, tmp_path: Path) -> None:
+    (tmp_path / "shape").write_text(head + "\n")
+
+    with pytest.raises(ShapeError, match=r"shape, line 1[:,] "):
+        read_shape(tmp_path / "shape")
+
+
 def test_shape_that_comes_with_the_project_is_one() -> None:
     [path] = (ROOT / "ops" / "load" / "shapes").iterdir()
 
@@ -189,6 +222,13 @@ def test_recording_that_was_full_ends_the_shape_there_and_a_killed_worker_ends_i
 
     assert shape.seconds == 5.0
     assert [(each.opened, each.closed) for each in shape.streams] == [(1.0, None), (1.0, 3.0), (3.0, 3.0)]
+
+
+def test_damaged_recording_is_refused_with_its_line(tmp_path: Path) -> None:
+    recorded(tmp_path, "1.jsonl", ["open", 101.0, 1, "aa", ["t1"], 0], ["close"])
+
+    with pytest.raises(ShapeError, match=re.escape(f"{tmp_path}/1.jsonl, line 3: this is none of open, ")):
+        read_recording(tmp_path)
 
 
 # --- Reading and verifying -------------------------------------------------------------------------------

@@ -6,14 +6,15 @@ without an end: its streams are taken to have ended with its last line. If a fil
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from load.shape import Event, Shape, ShapeError, Stream, numbered, shaped
+from load.shape import Event, Shape, ShapeError, Stream, numbered, read_line, shaped
 
 FORMAT = 1
+LENGTHS = {"open": 6, "close": 4, "event": 9, "end": 3}
 FULL, GONE = "full", "gone"
 
 
@@ -42,19 +43,26 @@ def read_recording(folder: Path) -> Shape:
 def _read(path: Path) -> _File:
     file = _File()
     try:
-        lines = path.read_text().split("\n")
-        head = json.loads(lines[0])
-        if head[:2] != ["shape", FORMAT]:
-            raise ValueError("its first line is another")
-        file.since = file.until = head[2]
-        for line in lines[1:-1]:  # what follows the last line feed was cut off
-            _take(file, json.loads(line))
-    except (OSError, ValueError, TypeError, IndexError) as error:
-        raise ShapeError(f"{path} is no recording of format {FORMAT}: {error}") from None
+        first, *lines = path.read_text().split("\n")
+    except OSError as error:
+        raise ShapeError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ShapeError(f"{path} is not UTF-8") from None
+    read_line(path, 1, first, partial(_begin, file))
+    for number, line in enumerate(lines[:-1], 2):  # what follows the last line feed was cut off
+        read_line(path, number, line, partial(_take, file))
     return file
 
 
+def _begin(file: _File, head: list[Any]) -> None:
+    if head[:2] != ["shape", FORMAT]:
+        raise ValueError(f"this is no recording of format {FORMAT}")
+    file.since = file.until = head[2]
+
+
 def _take(file: _File, row: list[Any]) -> None:
+    if len(row) != LENGTHS.get(row[0]):
+        raise ValueError(f"this is none of {', '.join(LENGTHS)}, or not all of one")
     if row[0] == "end":
         file.ended = row[2]
     else:

@@ -7,15 +7,17 @@ JSON lines (docs/load.md); in memory a stream is one record from its opening to 
 from __future__ import annotations
 
 import json
+import math
 import random
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 FORMAT = 1
 KEEPS = ("all", "latest", "none")
+Checked = TypeVar("Checked")
 
 
 class ShapeError(Exception):
@@ -122,17 +124,71 @@ def _rows(shape: Shape) -> list[list[Any]]:
 
 
 def read_shape(path: Path) -> Shape:
-    """Read the file. Raises ShapeError."""
+    """Read the file. Raises ShapeError, which names the line."""
     try:
-        with path.open() as file:
-            head = json.loads(file.readline())
-            if head.get("shape") != FORMAT:
-                raise ShapeError(f"{path} is no shape of format {FORMAT}")
-            return _assembled(head, [json.loads(line) for line in file])
+        with path.open(encoding="utf-8") as file:
+            head = read_line(path, 1, file.readline(), _checked_head)
+            return _assembled(head, [read_line(path, number, line, _checked) for number, line in enumerate(file, 2)])
     except OSError as error:
         raise ShapeError(f"{path}: {error.strerror}") from None
-    except (ValueError, AttributeError, TypeError, IndexError, KeyError) as error:
-        raise ShapeError(f"{path} is not a shape: {error}") from None
+    except UnicodeDecodeError:
+        raise ShapeError(f"{path} is not UTF-8") from None
+
+
+def read_line(path: Path, number: int, line: str, check: Callable[[Any], Checked]) -> Checked:
+    """What `check` makes of one line of JSON. Raises ShapeError, which names the line, for what is none, and for what
+    `check` raises."""
+    try:
+        return check(json.loads(line.rstrip("\n")))
+    except json.JSONDecodeError as error:
+        raise ShapeError(f"{path}, line {number}, column {error.colno}: no JSON: {error.msg}") from None
+    except (ValueError, TypeError, LookupError) as error:
+        raise ShapeError(f"{path}, line {number}: {error}") from None
+
+
+def _checked_head(head: Any) -> dict[str, Any]:
+    """The first line. Raises ValueError."""
+    if not isinstance(head, dict) or head.get("shape") != FORMAT:
+        raise ValueError(f"this is no shape of format {FORMAT}")
+    if not _is_time(head.get("seconds")) or not isinstance(head.get("source"), str):
+        raise ValueError("the first line has `seconds`, a number of 0 or more, and `source`, a text")
+    return head
+
+
+def _checked(row: Any) -> list[Any]:
+    """Any other line. Raises ValueError."""
+    kind = row[0] if isinstance(row, list) and row else None
+    columns = COLUMNS.get(kind) if isinstance(kind, str) else None
+    if columns is None:
+        raise ValueError(f"it is {', '.join(COLUMNS)}: an array that begins with one of these words")
+    if len(row) != len(columns) + 1:
+        raise ValueError(f"`{kind}` is followed by {', '.join(columns)}")
+    for name, value in zip(columns, row[1:], strict=True):
+        wanted, is_good = VALUES.get(name, NUMBER)
+        if not is_good(value):
+            raise ValueError(f"{name} is {wanted}, not {json.dumps(value)}")
+    return row
+
+
+def _is_time(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _are_topics(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_number, value))
+
+
+NUMBER = "a whole number of 0 or more", _is_number
+VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "at": ("a number of 0 or more", _is_time), "topics": ("an array of one whole number or more", _are_topics),
+    "resumed": ("0 or 1", lambda value: value in (0, 1)), "reason": ("a text", lambda value: isinstance(value, str)),
+    "keep": (", ".join(KEEPS), lambda value: value in KEEPS)}
+COLUMNS = {"open": ("at", "stream", "client", "topics", "resumed"), "close": ("at", "stream", "reason"),
+           "event": ("at", "topics", "bytes", "type", "keep", "key", "fan_out")}
 
 
 def _assembled(head: dict[str, Any], rows: list[list[Any]]) -> Shape:
@@ -140,7 +196,7 @@ def _assembled(head: dict[str, Any], rows: list[list[Any]]) -> Shape:
     streams = [Stream(row[1], ends.get(row[2], (None, ""))[0], row[3], tuple(row[4]), bool(row[5]),
                       ends.get(row[2], (None, ""))[1]) for row in rows if row[0] == "open"]
     events = [Event(row[1], tuple(row[2]), *row[3:]) for row in rows if row[0] == "event"]
-    return shaped(float(head["seconds"]), streams, events, str(head["source"]))
+    return shaped(float(head["seconds"]), streams, events, head["source"])
 
 
 def with_fan_outs(shape: Shape) -> Shape:
