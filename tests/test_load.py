@@ -16,6 +16,7 @@ import pytest
 from gevent.server import StreamServer
 from gevent.socket import socket as Socket
 
+from pushsvc import __version__
 from tests.support.client import Stream as Client
 from tests.support.client import request
 from tests.support.server import ROOT, Server
@@ -25,7 +26,9 @@ from tests.test_console import start_browser  # noqa: F401
 sys.path += [str(ROOT / "ops"), str(ROOT / "ops" / "bench")]
 
 from load.cli import main as command_line
+from load.cli import told_value
 from load.figures import differences, figures
+from load.metrics import version_said
 from load.ramp import Climb, Usage, broken, limits_of
 from load.recording import read_recording
 from load.report import page
@@ -388,6 +391,10 @@ class Faulty:
             head, end, rest = data.partition(b"\r\n\r\n")
             if not end:
                 continue
+            if head.startswith(b"GET /metrics"):
+                connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+                data = b""
+                continue
             if head.startswith(b"GET"):
                 self._subscribe(connection, head)
                 data = b""
@@ -533,6 +540,55 @@ def test_report_is_one_page_that_needs_nothing_else(replayed: tuple[Path, dict[s
     assert "&lt;b&gt;another" in text
     assert "<b>" not in text
     assert (folder / "report.html").read_text().count("<svg") == 8
+
+
+def test_report_tells_workers_version_and_settings_of_the_server_that_was_started(tmp_path: Path) -> None:
+    write_shape(tmp_path / "shape", crowd(0.5, 4, 5))
+
+    done = load("replay", tmp_path / "shape", "--readers", 1, "--start", "pushsvc", "--workers", 2,
+                "--set", "PUSHSVC_HEARTBEAT_SECONDS=77",
+                "-o", tmp_path / "found.json", "--report", tmp_path / "report.html")
+
+    about = json.loads((tmp_path / "found.json").read_text())["about"]
+    text = (tmp_path / "report.html").read_text()
+    assert done.returncode == 0, done.stderr
+    assert about["workers"] == 2
+    assert "<td>PUSHSVC_HEARTBEAT_SECONDS</td><td>77</td>" in text
+    assert f"<td>version</td><td>pushsvc {__version__}, gunicorn" in text
+
+
+def test_report_hides_keys_and_passwords() -> None:
+    assert told_value("PUSHSVC_JWT_KEY", "abc") == "(hidden)"
+    assert told_value("PUSHSVC_BROKER_URL", "redis://me:abc@host/0") == "redis://(hidden)@host/0"
+
+
+SAID = {
+    "a metric": ("nginx/1.2", 'go_info{version="go9"} 1\npushsvc_build_info{a="b",version="1.2.3"} 1\n', "pushsvc 1.2.3"),
+    "a header": ("nginx/1.2", "pushsvc_streams 1\n", "nginx/1.2 (its Server header)"),
+    "nothing": ("gunicorn", 'python_info{version="3.11"} 1\n', "unknown"),
+}
+
+
+@pytest.mark.parametrize(("header", "metrics", "version"), SAID.values(), ids=SAID)
+def test_version_of_a_server_is_what_it_says(header: str, metrics: str, version: str) -> None:
+    def answer(connection: Socket, address: object) -> None:
+        connection.recv(65536)
+        head = f"HTTP/1.1 200 OK\r\nServer: {header}\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
+        connection.sendall(head.encode() + metrics.encode())
+        connection.close()
+
+    server = StreamServer(("127.0.0.1", 0), answer)
+    server.start()
+    try:
+        assert version_said("127.0.0.1", server.server_port, "pushsvc") == version
+    finally:
+        server.stop(timeout=0)
+
+
+def test_settings_for_a_server_that_is_not_started_are_refused() -> None:
+    done = load("ramp", "--set", "PUSHSVC_HEARTBEAT_SECONDS=7")
+
+    assert (done.returncode, done.stderr) == (2, "load: --set is for --start pushsvc\n")
 
 
 def test_shape_that_is_not_there_is_refused_with_a_message(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,13 +24,14 @@ from load.arguments import not_negative, percents, pids, positive, setting, whol
 from load.crew import CrewError
 from load.dark import Dark, Site, Test
 from load.figures import differences, figures
+from load.metrics import version_said
 from load.ramp import RATE, STREAMS, Climb, Ramp
 from load.recording import read_recording
 from load.replay import FORMAT, Plan, replay
 from load.report import page, read_result
 from load.shape import Shape, ShapeError, expanded, read_shape, write_shape
 from load.table import read_table
-from load.targets import FORMS, address_of, server_of, token_of
+from load.targets import FORMS, address_of, processes_of, server_of, token_of, workers_of
 from load.watch import listeners
 
 OK, BROKEN, CANNOT = 0, 1, 2
@@ -192,17 +194,27 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
 @contextmanager
 def _served(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """host, port, form, token, pids and about (versions) of the server that the options name, or that they start."""
+    if options.set and options.start != "pushsvc":
+        raise ValueError("--set is for --start pushsvc")
     if not options.start:
         host, port = address_of(options.url)
         _knock(host, port)
         pids = options.pids or (listeners(port) if host.startswith("127.") or host == "localhost" else [])
         yield {"host": host, "port": port, "form": options.server, "token": options.token, "pids": pids,
-               "about": {"url": options.url}}
+               "about": {"url": options.url, "version": version_said(host, port, options.server, options.token)}}
         return
-    server = server_of(options.start, options.workers, dict(options.set))
-    with servers.running(server) as pids:
+    settings = dict(options.set)
+    server = server_of(options.start, options.workers, settings)
+    with servers.running(server):
+        pids = processes_of(server)
         yield {"host": servers.HOST, "port": server.port, "form": options.start, "token": token_of(server), "pids": pids,
-               "about": {"version": server.version(), "workers": len(pids)}}
+               "about": {"version": server.version(), "workers": workers_of(server, pids),
+                         **{name: told_value(name, value) for name, value in settings.items()}}}
+
+
+def told_value(name: str, value: str) -> str:
+    """As a report may show it: no key, and no password of an address."""
+    return "(hidden)" if name.endswith("KEY") else re.sub(r"//[^/@]*@", "//(hidden)@", value)
 
 
 def _knock(host: str, port: int) -> None:
@@ -321,7 +333,9 @@ def _dark(options: argparse.Namespace) -> int:
     service = Site(*address_of(options.url), options.token)
     canary = Site(*address_of(options.canary), options.canary_token)
     found = Dark(test, service, canary, say_progress).run()
-    found |= {"label": options.label or options.canary, "about": {"url": options.url}}
+    found |= {"label": options.label or options.canary, "about": {
+        "url": options.url, "canary": options.canary,
+        "version": version_said(canary.host, canary.port, "pushsvc", canary.token)}}
     return _climbed(options, found, asdict(test))
 
 

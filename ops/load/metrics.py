@@ -1,23 +1,44 @@
-"""A server's own figures, where it has them as Prometheus text at /metrics."""
+"""What a server says of itself: its figures as Prometheus text at /metrics, where it has them, and its version."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from http.client import HTTPException
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 SECONDS = 5.0
+UNKNOWN = "unknown"
 
 
 def scraped(host: str, port: int, name: str, token: str = "") -> dict[str, float]:
     """The values of one metric by the value of its last label, summed; empty if the server does not tell it."""
-    request = Request(f"http://{host}:{port}/metrics", headers={"Authorization": f"Bearer {token}"} if token else {})
-    try:
-        with urlopen(request, timeout=SECONDS) as answer:
-            text = answer.read().decode()
-    except (OSError, ValueError):
-        return {}
+    text, _ = _asked(host, port, token)
     found = Counter[str]()
     for label, value in re.findall(rf'^{name}(?:{{[^}}]*?"([^"]*)"}})? (\S+)$', text, re.MULTILINE):
         found[label] += float(value)
     return dict(found)
+
+
+def version_said(host: str, port: int, name: str, token: str = "") -> str:
+    """The version of a server of this name: by a metric of its own (`NAME_..._info`), else by its `Server` header if that
+    has one (which may be a proxy's); else `unknown`."""
+    text, header = _asked(host, port, token)
+    if found := re.search(rf'^{name}\w*_info{{(?:.*,)?version="([^"]+)"', text, re.MULTILINE):
+        return f"{name} {found[1]}"
+    return f"{header} (its Server header)" if re.search(r"/v?\d", header) else UNKNOWN
+
+
+def _asked(host: str, port: int, token: str) -> tuple[str, str]:
+    """The text of /metrics and the `Server` header; empty for what there is not."""
+    request = Request(f"http://{host}:{port}/metrics", headers={"Authorization": f"Bearer {token}"} if token else {})
+    try:
+        with urlopen(request, timeout=SECONDS) as answer:
+            is_text = answer.headers.get_content_type() == "text/plain"  # a stream has no end
+            return answer.read().decode() if is_text else "", answer.headers.get("Server", "")
+    except HTTPError as refusal:
+        with refusal:
+            return "", refusal.headers.get("Server", "")
+    except (OSError, ValueError, HTTPException):
+        return "", ""

@@ -15,6 +15,7 @@ from load.shape import Event
 
 FORM, JSON, TEXT = "application/x-www-form-urlencoded", "application/json", "text/plain"
 HISTORY_EVENTS = 10_000  # as pushsvc has it, so that all are asked the same
+WORKERS_SECONDS = 30.0
 
 
 class Form(ABC):
@@ -125,6 +126,18 @@ def token_of(server: Server) -> str:
 
         return jwt.encode({"mercure": {"publish": ["*"]}}, server.key)
     return ""
+
+
+def processes_of(server: Server) -> list[int]:
+    """The processes of a server that runs, once all its workers are there. Raises ServerError."""
+    if isinstance(server, Pushsvc):
+        server.wait_for_workers(WORKERS_SECONDS)
+    return server.pids()
+
+
+def workers_of(server: Server, pids: Sequence[int]) -> int:
+    """How many of its processes serve clients: pushsvc and nchan have a master besides."""
+    return len(pids) - (not isinstance(server, Mercure))
 
 
 def address_of(url: str) -> tuple[str, int]:
