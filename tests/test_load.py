@@ -644,6 +644,33 @@ def test_file_that_is_no_result_makes_no_report(text: str, tmp_path: Path) -> No
     assert not (tmp_path / "page.html").exists()
 
 
+def test_replay_that_is_broken_off_verifies_what_it_has_sent_and_writes_it(tmp_path: Path) -> None:
+    write_shape(tmp_path / "shape", crowd(50.0, 10, 1000))
+    with Server(tmp_path / "server", workers=1) as server:
+        replay = subprocess.Popen([*LOAD, "replay", str(tmp_path / "shape"), "--url", server.url, "--readers", "1",
+                                   "-o", str(tmp_path / "found.json"), "--report", str(tmp_path / "report.html")],
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        try:
+            assert replay.stderr is not None
+            next(line for line in replay.stderr if " 2 of 50 s" in line)
+            replay.send_signal(signal.SIGINT)
+            out, said = replay.communicate(timeout=20)
+        finally:
+            replay.kill()
+            replay.wait()
+        eventually(lambda: streams(server) == 0, message="the streams have ended")
+
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert replay.returncode == 130, said
+    assert 1 < found["interrupted"] < 25
+    assert 0 < found["totals"]["published"] < 500
+    assert found["verdict"] == {"complete": True, "ordered": True, "published": True}
+    assert found["totals"]["received"] > found["totals"]["published"]
+    assert "<td>ran to its end</td><td class=\"bad\">NO</td>" in (tmp_path / "report.html").read_text()
+    assert f"what there is of it is in {tmp_path}/found.json" in said
+    assert "broken off after" in out
+
+
 # --- Ramp and dark test ----------------------------------------------------------------------------------
 
 

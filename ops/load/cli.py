@@ -34,13 +34,13 @@ from load.table import read_table
 from load.targets import FORMS, address_of, processes_of, server_of, token_of, workers_of
 from load.watch import listeners
 
-OK, BROKEN, CANNOT = 0, 1, 2
+OK, BROKEN, CANNOT, INTERRUPTED = 0, 1, 2, 130
 KNOCK_SECONDS = 5.0
 EPILOG = """exit codes:
   0  done, and what was asked for holds
   1  it does not hold: events lost, doubled or out of order, an objective broken, shapes that differ
   2  it cannot be done: a wrong argument or file, no server
-  130  broken off by Ctrl-C
+  130  broken off by Ctrl-C; a replay writes what it has, and a second Ctrl-C ends it at once
 """
 
 
@@ -240,7 +240,16 @@ def _told(options: argparse.Namespace, found: dict[str, Any]) -> int:
     _save(options, found)
     brief = {name: value for name, value in found.items() if name not in ("seconds", "histogram", "shape")}
     _print(options, brief, _replay_text(found))
+    if found["interrupted"] is not None:
+        say_progress(f"broken off{_written_to(options)}")
+        return INTERRUPTED
     return OK if holds(found) else BROKEN
+
+
+def _written_to(options: argparse.Namespace) -> str:
+    """Where the result has gone, as the end of a sentence; "" for nowhere."""
+    paths = [str(path) for path in (options.output, options.report) if path]
+    return f"; what there is of it is in {' and '.join(paths)}" if paths else ""
 
 
 def _save(options: argparse.Namespace, found: dict[str, Any]) -> None:
@@ -257,8 +266,10 @@ def holds(found: dict[str, Any]) -> bool:
 
 
 def _replay_text(found: dict[str, Any]) -> str:
-    rows = {"verdict": ", ".join(f"{'' if value else 'NOT '}{name}" for name, value in found["verdict"].items()),
-            **found["totals"], **{f"{name} ": value for name, value in found["wrong"].items() if name != "received"},
+    interrupted = {} if found["interrupted"] is None else {"broken off after, s": found["interrupted"]}
+    verdict = ", ".join(f"{'' if value else 'NOT '}{name}" for name, value in found["verdict"].items())
+    rows = {**interrupted, "verdict": verdict, **found["totals"],
+            **{f"{name} ": value for name, value in found["wrong"].items() if name != "received"},
             **{f"latency {name}": value for name, value in found["latency"].items()},
             **{f"acknowledged {name}": value for name, value in found["acknowledged"].items()},
             **{f"opening {name}": value for name, value in found["opening"].items()},

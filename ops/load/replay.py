@@ -7,6 +7,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ import probe
 from fleet import PER_PROCESS, percentile_ms, sources
 from swarm import BUCKETS_PER_E
 
-from load.crew import Crew, Member
+from load.crew import Crew, CrewError, Member
 from load.figures import figures, peak
+from load.interrupt import Interrupt
 from load.shape import Shape, expanded, read_shape
 from load.watch import Watch
 
@@ -65,7 +67,7 @@ class Second:
 @dataclass(slots=True)
 class Log:
     """What the crew has told. late: how late the sender and the readers were at worst, seconds. sent, acknowledgements:
-    when each event was; sent is None as long as there is more to send."""
+    when each event was; sent is None as long as there is more to send. interrupted: after how many seconds; None: not."""
 
     seconds: list[Second] = field(default_factory=list)
     latency: Counter[int] = field(default_factory=Counter)
@@ -79,6 +81,7 @@ class Log:
     verdicts: list[dict[str, int]] = field(default_factory=list)
     server_cpu: float = 0.0
     sent: Times | None = None
+    interrupted: float | None = None
     acknowledgements: Times = field(default_factory=list)
 
     def at(self, seconds: float) -> Second:
@@ -112,7 +115,8 @@ class Log:
 
 def replay(plan: Plan, pids: list[int], progress: Progress, about: Found | None = None) -> Found:
     """Run it; what was found, as the report takes it. pids: the server's, if it runs here. about: what else is to stand
-    in the report (versions). Raises ShapeError, CrewError."""
+    in the report (versions). A Ctrl-C ends it early: then `interrupted` says after how many seconds. Raises ShapeError,
+    CrewError."""
     shape = expanded(read_shape(plan.shape), plan.times, plan.speed, plan.spread)
     processes = max(plan.processes, math.ceil(peak(shape) / PER_PROCESS))
     log = Log()
@@ -120,10 +124,11 @@ def replay(plan: Plan, pids: list[int], progress: Progress, about: Found | None 
         progress(f"{len(shape.streams)} streams, {len(shape.events)} events in {shape.seconds:.0f} s")
         crew.wait_ready()
         watch, client = Watch(pids), Watch([os.getpid()])
-        begun = time.monotonic() + LEAD_SECONDS
-        for member in crew.members:
-            member.tell({"begin": begun})
-        _follow(crew, log, watch, shape, begun, plan.settle, progress)
+        with Interrupt() as interrupt:
+            begun = time.monotonic() + LEAD_SECONDS
+            for member in crew.members:
+                member.tell({"begin": begun})
+            _follow(crew, log, watch, shape, begun, plan.settle, progress, interrupt)
         log.cpu[0] = client.look()["cpu"]
     return _found(plan, shape, log, processes, pids, about or {})
 
@@ -136,8 +141,10 @@ def _orders(plan: Plan, processes: int) -> list[tuple[str, Found]]:
                                  for place in range(processes))]
 
 
-def _follow(crew: Crew, log: Log, watch: Watch, shape: Shape, begun: float, settle: float, progress: Progress) -> None:
-    """Take what the crew tells, once a second look at the server, and ask for the verdict when all has been sent."""
+def _follow(crew: Crew, log: Log, watch: Watch, shape: Shape, begun: float, settle: float, progress: Progress,
+            interrupt: Interrupt) -> None:
+    """Take what the crew tells, once a second look at the server, and ask for the verdict when all has been sent, or when
+    it is interrupted."""
     readers, asked = crew.of("readers"), False
     while len(log.verdicts) < len(readers):
         for member, answer in crew.said(LOOK_SECONDS):
@@ -151,10 +158,22 @@ def _follow(crew: Crew, log: Log, watch: Watch, shape: Shape, begun: float, sett
             second = log.at(now)
             second.server_cpu, second.server_memory = round(look["cores"], 3), int(look["memory"])
         progress(_line(log, now, shape))
-        if log.sent is not None and not asked and now >= shape.seconds:
+        if interrupt.asked and log.interrupted is None:
+            log.interrupted = round(now, 1)
+            progress(f"broken off after {now:.0f} of {shape.seconds:.0f} s: what was sent is verified, then the streams "
+                     "end; a second Ctrl-C ends them at once")
+            _stop_sending(crew)
+        if log.sent is not None and not asked and (now >= shape.seconds or interrupt.asked):
             asked = True
             for member in readers:
                 member.tell({"sent": log.sent, "acknowledged": log.acknowledgements, "by": now + settle})
+
+
+def _stop_sending(crew: Crew) -> None:
+    for member in crew.of("sender"):
+        if not member.done:
+            with suppress(CrewError):  # it has just ended by itself, or died: what it has said last tells
+                member.tell({"stop": True})
 
 
 def _line(log: Log, now: float, shape: Shape) -> str:
@@ -168,10 +187,11 @@ def _found(plan: Plan, shape: Shape, log: Log, processes: int, pids: list[int], 
     wrong = Counter[str]()
     for verdict in log.verdicts:
         wrong.update(verdict)
-    failed = sum(at is None for at in log.acknowledgements)
+    failed = sum(at is None and sent is not None for sent, at in zip(log.sent or (), log.acknowledgements, strict=True))
     totals = {"streams": len(shape.streams), "events": len(shape.events), **log.totals, "failed": failed}
     return {
         "load": FORMAT, "kind": "replay", "label": plan.label or plan.form, "at": probe.now(), "machine": probe.machine(),
+        "interrupted": log.interrupted,
         "settings": {"shape": plan.shape.name, "server": plan.form, "speed": plan.speed, "times": plan.times,
                      "spread": plan.spread, "breaks": plan.breaks, "readers": processes, "settle": plan.settle},
         "about": about, "shape": figures(shape), "totals": totals, "wrong": dict(wrong),

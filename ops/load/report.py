@@ -65,7 +65,8 @@ def page(results: Sequence[Found]) -> str:
 
 def _replays(results: Sequence[Found]) -> str:
     names = _names(results)
-    verdicts = [(text, [VERDICT[each["verdict"][key]] for each in results]) for key, text in (
+    verdicts = [("ran to its end", [VERDICT[each.get("interrupted") is None] for each in results])]
+    verdicts += [(text, [VERDICT[each["verdict"][key]] for each in results]) for key, text in (
         ("complete", "every stream got every event"), ("ordered", "once and in order"),
         ("published", "every publish was acknowledged"))]
     rows: list[tuple[str, list[Any]]] = [*verdicts, *(_row(results, text, *path) for text, path in (

@@ -79,6 +79,10 @@ class Sender:
             self._next += 1
         self._receive(self._pause())
 
+    def stop(self) -> None:
+        """Send no more; what is under way may still be answered."""
+        self._events = self._events[:self._next]
+
     def _pause(self) -> float:
         if self._next == len(self._events) or not (self._idle or self._free):
             return WAIT_SECONDS
@@ -157,7 +161,7 @@ class Sender:
 
 def main() -> None:
     """First line: the order, answered with `ready`. Then `begin` (a time). At the end it says for each event when it was
-    `sent` and `acknowledged`, seconds since the beginning; null if it was not."""
+    `sent` and `acknowledged`, seconds since the beginning; null if it was not. A further line ends it early."""
     line = sys.stdin.readline()
     if not line:
         return
@@ -181,7 +185,9 @@ def _follow(sender: Sender) -> None:
             _say({"tick": sender.take_tick(), "second": second})
             second = int(sender.now())
             if select.select([sys.stdin], [], [], 0)[0]:
-                return  # nobody listens any more
+                if not sys.stdin.readline():
+                    return  # nobody listens any more
+                sender.stop()
     _say({"tick": sender.take_tick(), "second": second})
     _say({"sent": sender.sent, "acknowledged": sender.acknowledged})
 
