@@ -29,7 +29,7 @@ from load.cli import main as command_line
 from load.cli import told_value
 from load.figures import differences, figures
 from load.metrics import version_said
-from load.ramp import Climb, Usage, broken, limits_of
+from load.ramp import Climb, Usage, broken, limits_of, told
 from load.recording import read_recording
 from load.report import page
 from load.shape import Event, Shape, ShapeError, Stream, expanded, read_shape, write_shape
@@ -717,6 +717,27 @@ def test_limit_is_named_by_what_was_met(
     [limit] = limits_of(LEVEL | level, Usage(kernel, {}), errors, descriptors, 0.5, True)
 
     assert limit.startswith(said)
+
+
+def test_ramp_whose_first_step_breaks_the_objective_says_so_and_what_was_measured() -> None:
+    first = LEVEL | {"streams": 100, "p50_ms": 2.0, "max_ms": 9.0, "broken": "p99 is 5 ms, above 0.001 ms"}
+
+    found = told("streams", [first], limits_of(first, Usage({}, {}), {}, None, 0.5, True))
+
+    assert found["held"] == 0
+    assert found["verdict_text"] == (
+        "holds at none: the first step, 100 streams, breaks the objective already: p99 is 5 ms, above 0.001 ms "
+        "(measured: p50 2.0 ms, p99 5.0 ms, longest 9.0 ms)")
+    assert found["limits"] == ["no limit was met that can be seen from here: even the first step breaks the objective; "
+                               "a smaller --step or a higher objective tells more"]
+
+
+def test_ramp_names_the_limit_that_its_first_step_has_met() -> None:
+    first = LEVEL | {"streams": 100, "p50_ms": 2.0, "max_ms": 9.0, "broken": "p99 is 5 ms", "busiest": 0.97}
+
+    [limit] = told("streams", [first], limits_of(first, Usage({}, {}), {}, None, 0.5, True))["limits"]
+
+    assert limit.startswith("the server's processor")
 
 
 @pytest.fixture

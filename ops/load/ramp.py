@@ -30,6 +30,8 @@ BUSY = 0.9  # of a core
 ALL_BUSY = 0.95  # of all cores
 LITTLE_MEMORY = 0.05  # of all
 LEAST_AVAILABLE = 1 << 30  # bytes; below this the ramp stops, whatever was asked for
+UNSEEN = "no limit was met that can be seen from here"
+FIRST = f"{UNSEEN}: even the first step breaks the objective; a smaller --step or a higher objective tells more"
 STREAMS, RATE = "streams", "rate"
 Progress = Callable[[str], None]
 Found = dict[str, Any]
@@ -90,15 +92,7 @@ class Ramp:
                 if probe.available_bytes() < LEAST_AVAILABLE:
                     limits = ["the ramp stops: the machine has less than 1 GiB of memory left"]
                     break
-        return self._told(levels, limits)
-
-    def _told(self, levels: list[Found], limits: list[str]) -> Found:
-        held = [level[self._climb.raise_] for level in levels if not level["broken"]]
-        broken = bool(levels) and bool(levels[-1]["broken"])
-        text = (f"holds at {held[-1] if held else 0} {self._climb.raise_}, breaks at {levels[-1][self._climb.raise_]}: "
-                f"{levels[-1]['broken']}" if broken else f"holds at {held[-1] if held else 0} {self._climb.raise_}")
-        return {"kind": "ramp", "levels": levels, "limits": limits, "broken": broken, "held": held[-1] if held else 0,
-                "verdict_text": text}
+        return told(climb.raise_, levels, limits)
 
     # -- one level
 
@@ -168,6 +162,21 @@ class Ramp:
         return seen
 
 
+def told(raised: str, levels: list[Found], limits: list[str]) -> Found:
+    """The result of these levels, the last of which may be broken. limits: what that one has met."""
+    last = levels[-1]
+    held = max((level[raised] for level in levels if not level["broken"]), default=0)
+    text = f"holds at {held} {raised}"
+    if last["broken"]:
+        text += f", breaks at {last[raised]}: {last['broken']}"
+    if not held:
+        text = (f"holds at none: the first step, {last[raised]} {raised}, breaks the objective already: {last['broken']} "
+                f"(measured: p50 {last['p50_ms']} ms, p99 {last['p99_ms']} ms, longest {last['max_ms']} ms)")
+        limits = [FIRST if limit == UNSEEN else limit for limit in limits]
+    return {"kind": "ramp", "levels": levels, "limits": limits, "broken": bool(last["broken"]), "held": held,
+            "verdict_text": text}
+
+
 def broken(found: Found, climb: Climb) -> str:
     """What of the objective a level breaks; "" for nothing."""
     if found["publish"]:
@@ -206,7 +215,7 @@ def limits_of(found: Found, spent: Usage, errors: dict[str, int], descriptors: i
         limits.append(f"the server refused {statuses} streams: {', '.join(sorted(errors))}")
     if errors.get("ECONNREFUSED") or errors.get("ECONNRESET"):
         limits.append("the server refused or reset connections")
-    return limits + _busy(found, spent, memory) or ["no limit was met that can be seen from here"]
+    return limits + _busy(found, spent, memory) or [UNSEEN]
 
 
 def _busy(found: Found, spent: Usage, memory: float) -> list[str]:
