@@ -27,6 +27,8 @@ sys.path += [str(ROOT / "ops"), str(ROOT / "ops" / "bench")]
 
 from load.cli import main as command_line
 from load.cli import told_value
+from load.dark import Dark, OrderError, Site
+from load.dark import Test as DarkTest
 from load.figures import differences, figures
 from load.metrics import version_said
 from load.ramp import Climb, Usage, broken, limits_of, told
@@ -738,6 +740,26 @@ def test_ramp_names_the_limit_that_its_first_step_has_met() -> None:
     [limit] = told("streams", [first], limits_of(first, Usage({}, {}), {}, None, 0.5, True))["limits"]
 
     assert limit.startswith("the server's processor")
+
+
+def test_dark_test_says_whose_address_it_is_where_nobody_listens() -> None:
+    listening = Faulty("none")
+    try:
+        service = load("dark", "--url", "http://127.0.0.1:1", "--canary", listening.url)
+        canary = load("dark", "--url", listening.url, "--canary", "http://127.0.0.1:1")
+    finally:
+        listening.stop()
+
+    refused = "load: nobody answers on 127.0.0.1:1 ({}): Connection refused\n"
+    assert (service.returncode, service.stderr) == (2, refused.format("--url, the service"))
+    assert (canary.returncode, canary.stderr) == (2, refused.format("--canary"))
+
+
+def test_order_that_is_not_taken_names_the_service() -> None:
+    test = Dark(DarkTest("dark", "", 1, [1.0], 1.0, 1.0), Site("127.0.0.1", 1), Site("127.0.0.1", 2), lambda text: None)
+
+    with pytest.raises(OrderError, match=r"the service on 127\.0\.0\.1:1 takes no order: .*Connection refused"):
+        test.order(1.0)
 
 
 @pytest.fixture

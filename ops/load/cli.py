@@ -198,7 +198,7 @@ def _served(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         raise ValueError("--set is for --start pushsvc")
     if not options.start:
         host, port = address_of(options.url)
-        _knock(host, port)
+        _knock(host, port, "--url")
         pids = options.pids or (listeners(port) if host.startswith("127.") or host == "localhost" else [])
         yield {"host": host, "port": port, "form": options.server, "token": options.token, "pids": pids,
                "about": {"url": options.url, "version": version_said(host, port, options.server, options.token)}}
@@ -217,12 +217,12 @@ def told_value(name: str, value: str) -> str:
     return "(hidden)" if name.endswith("KEY") else re.sub(r"//[^/@]*@", "//(hidden)@", value)
 
 
-def _knock(host: str, port: int) -> None:
-    """Raises OSError if nobody listens there: clients that are refused for an hour tell nothing."""
+def _knock(host: str, port: int, argument: str) -> None:
+    """Raises OSError if nobody listens there: clients that are refused for an hour tell nothing. argument: its name."""
     try:
         socket.create_connection((host, port), KNOCK_SECONDS).close()
     except OSError as error:
-        raise OSError(f"nobody answers on {host}:{port}: {error.strerror or error}") from error
+        raise OSError(f"nobody answers on {host}:{port} ({argument}): {error.strerror or error}") from error
 
 
 def _replay(options: argparse.Namespace) -> int:
@@ -343,6 +343,8 @@ def _dark(options: argparse.Namespace) -> int:
     test = Test(options.topic, url, options.streams, options.percent, options.hold, options.p99, options.most)
     service = Site(*address_of(options.url), options.token)
     canary = Site(*address_of(options.canary), options.canary_token)
+    for site, argument in ((service, "--url, the service"), (canary, "--canary")):
+        _knock(site.host, site.port, argument)
     found = Dark(test, service, canary, say_progress).run()
     found |= {"label": options.label or options.canary, "about": {
         "url": options.url, "canary": options.canary,

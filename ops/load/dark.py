@@ -34,6 +34,10 @@ Progress = Callable[[str], None]
 Found = dict[str, Any]
 
 
+class OrderError(PublishError):
+    """The service of the pages takes no order; the text says which and why."""
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
     """A pushsvc. token: sent as a bearer token."""
@@ -81,7 +85,7 @@ class Dark:
         self._ordered = 0.0
 
     def run(self) -> Found:
-        """All levels, until the objective breaks. Raises OSError, PublishError if the service takes no order."""
+        """All levels, until the objective breaks. Raises OrderError if the service takes no order."""
         levels: list[Found] = []
         try:
             with Fleet(1) as fleet:
@@ -117,13 +121,18 @@ class Dark:
             try:
                 self._publish({"url": "", "streams": 0, "percent": 0, "until": 0})
                 return
-            except (OSError, PublishError) as error:
+            except OrderError as error:
                 self._progress(f"the stop was not taken ({attempt + 1} of {TRIES}): {error}")
                 time.sleep(0.5)
         self._progress(f"the pages stop by themselves within {GOOD_SECONDS:g} s")
 
     def _publish(self, data: Found) -> None:
-        self._service.publish({"topic": self._test.topic, "event": ORDER, "keep": "latest", "key": ORDER, "data": data})
+        order = {"topic": self._test.topic, "event": ORDER, "keep": "latest", "key": ORDER, "data": data}
+        try:
+            self._service.publish(order)
+        except (OSError, PublishError) as error:
+            where = f"{self._service.host}:{self._service.port}"
+            raise OrderError(f"the service on {where} takes no order: {error}") from error
 
     # -- one level
 
@@ -144,6 +153,8 @@ class Dark:
                 peak = max(peak, streams)
                 why = self._judged(fleet, sent, streams)
             publisher.close()
+        except OrderError as error:
+            why = str(error)[:100]
         except (OSError, PublishError) as error:
             why = f"the canary does not take a publish: {str(error)[:100]}"
         seen = fleet.wait(sent, ARRIVE_SECONDS)
