@@ -379,6 +379,7 @@ class Faulty:
         self._fault = fault
         self._streams: list[tuple[set[str], Socket]] = []
         self._history: list[tuple[set[str], bytes]] = []
+        self.sources: set[str] = set()
         self._server = StreamServer(("127.0.0.1", 0), self._serve)
         self._server.start()
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -386,7 +387,7 @@ class Faulty:
     def stop(self) -> None:
         self._server.stop(timeout=0)
 
-    def _serve(self, connection: Socket, address: object) -> None:
+    def _serve(self, connection: Socket, address: tuple[str, int]) -> None:
         data = b""
         while part := connection.recv(65536):
             data += part
@@ -398,6 +399,7 @@ class Faulty:
                 data = b""
                 continue
             if head.startswith(b"GET"):
+                self.sources.add(address[0])
                 self._subscribe(connection, head)
                 data = b""
                 continue
@@ -614,6 +616,9 @@ BAD_ARGUMENTS = {
     "ramp --rate nan": "argument --rate: a number above 0 is wanted, not 'nan'",
     "ramp --p99 inf": "argument --p99: a number above 0 is wanted, not 'inf'",
     "ramp --set FOO": "argument --set: NAME=VALUE is wanted, not 'FOO'",
+    "ramp --sources 127.0.0.2,x": "argument --sources: IPv4 addresses, separated by commas, are wanted, not 'x'",
+    "ramp --sources 192.0.2.1": "argument --sources: 192.0.2.1 is no address of this machine: Cannot assign requested "
+                                "address",
     "ramp --pids 1,abc": "argument --pids: a whole number of at least 1 is wanted, not 'abc'",
     f"replay {SHAPE} --times 0": "argument --times: a whole number of at least 1 is wanted, not '0'",
     f"replay {SHAPE} --readers 0": "argument --readers: a whole number of at least 1 is wanted, not '0'",
@@ -644,6 +649,20 @@ def test_file_that_is_no_result_makes_no_report(text: str, tmp_path: Path) -> No
     assert done.returncode == 2
     assert re.fullmatch(rf"load: {tmp_path}/foreign.json is not the result of a load test \(.*\)\n", done.stderr)
     assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("command", ["replay", "ramp"])
+def test_streams_come_from_the_sources_that_are_named(command: str, tmp_path: Path) -> None:
+    write_shape(tmp_path / "shape", Shape(0.5, SMALL.streams[:1] * 8, SMALL.events[:1], "test"))
+    ramp = ["--step", 8, "--most", 8, "--hold", 0.2]
+    server = Faulty("none")
+    try:
+        load(command, *([tmp_path / "shape"] if command == "replay" else ramp), "--url", server.url,
+             "--sources", "127.0.9.8,127.0.9.9")
+    finally:
+        server.stop()
+
+    assert server.sources == {"127.0.9.8", "127.0.9.9"}
 
 
 def test_replay_that_is_broken_off_verifies_what_it_has_sent_and_writes_it(tmp_path: Path) -> None:

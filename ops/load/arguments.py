@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import socket
 from argparse import ArgumentTypeError
 from collections.abc import Callable
+from ipaddress import AddressValueError, IPv4Address
 
 
 def number(wanted: str, is_good: Callable[[float], bool]) -> Callable[[str], float]:
@@ -57,3 +59,16 @@ def setting(text: str) -> tuple[str, str]:
     if not name or not equals:
         raise ArgumentTypeError(f"NAME=VALUE is wanted, not {text!r}")
     return name, value
+
+
+def source_addresses(text: str) -> str:
+    """IPv4 addresses of this machine, separated by commas."""
+    for address in text.split(",") if text else ():
+        try:
+            with socket.socket() as candidate:
+                candidate.bind((str(IPv4Address(address)), 0))
+        except AddressValueError:
+            raise ArgumentTypeError(f"IPv4 addresses, separated by commas, are wanted, not {address!r}") from None
+        except OSError as error:
+            raise ArgumentTypeError(f"{address} is no address of this machine: {error.strerror}") from None
+    return text

@@ -20,7 +20,7 @@ from fleet import FleetError, run, say_progress
 from publisher import PublishError
 from servers import ServerError
 
-from load.arguments import not_negative, percents, pids, positive, setting, whole
+from load.arguments import not_negative, percents, pids, positive, setting, source_addresses, whole
 from load.crew import CrewError
 from load.dark import Dark, Site, Test
 from load.figures import differences, figures
@@ -186,6 +186,9 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--token", default="", help="sent as a bearer token")
     parser.add_argument("--pids", type=pids, default="",
                         help="its processes on this machine (default: those that have its port)")
+    parser.add_argument("--sources", type=source_addresses, default="", metavar="ADDRESS,...",
+                        help="addresses of this machine that the streams come from, in turns (default: the kernel's "
+                             "choice; several of loopback for a server there)")
     parser.add_argument("--workers", type=whole(1), default=2, help="of a pushsvc or nchan that is started (%(default)s)")
     parser.add_argument("--set", type=setting, action="append", default=[], metavar="NAME=VALUE",
                         help="a setting of a pushsvc that is started, PUSHSVC_...")
@@ -230,7 +233,8 @@ def _replay(options: argparse.Namespace) -> int:
     with _served(options) as server:
         pids, about = server.pop("pids"), server.pop("about")
         plan = Plan(options.shape, **server, label=options.label, speed=options.speed, times=options.times,
-                    spread=options.spread, breaks=options.breaks, processes=options.readers, settle=options.settle)
+                    spread=options.spread, breaks=options.breaks, processes=options.readers, settle=options.settle,
+                    sources=options.sources)
         found = replay(plan, pids, say_progress, about)
     found["objective"] = {"p99_ms": options.p99}
     return _told(options, found)
@@ -302,7 +306,7 @@ def _ramp(options: argparse.Namespace) -> int:
     if options.step > options.most:
         raise ValueError("--step is not above --most")
     climb = Climb(options.raise_, options.step, options.most, options.streams, options.rate, options.topics, options.hold,
-                  options.p99, options.errors)
+                  options.p99, options.errors, options.sources)
     with _served(options) as server:
         form = FORMS[server["form"]](server["token"])
         found = Ramp(climb, form, server["host"], server["port"], server["pids"], say_progress).run()

@@ -40,7 +40,8 @@ Found = dict[str, Any]
 @dataclass(frozen=True, slots=True)
 class Climb:
     """What is raised, and what is kept. raise_: streams or rate (events a second, over all topics). step: how much
-    more at each level, from `step` to `most`. hold: seconds of events at each. p99_ms, errors: the objective."""
+    more at each level, from `step` to `most`. hold: seconds of events at each. p99_ms, errors: the objective.
+    sources: addresses of this machine that the streams come from, separated by commas; "": see `fleet.sources`."""
 
     raise_: str
     step: int
@@ -51,6 +52,7 @@ class Climb:
     hold: float = 5.0
     p99_ms: float = 1000.0
     errors: int = 0
+    sources: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +130,7 @@ class Ramp:
 
     def _target(self) -> Target:
         path = self._form.path([f"{self._prefix}TOPIC"]).replace("TOPIC", "{}")
-        return Target(self._host, self._port, path, modulo=self._climb.topics)
+        return Target(self._host, self._port, path, self._climb.sources, self._climb.topics)
 
     def _publish(self, rate: float) -> float:
         """Events for the time of a level; by how many seconds the latest was sent late."""

@@ -34,7 +34,8 @@ Times = list[float | None]
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What to replay, and where. spread: see `expanded`. breaks: after how many seconds, on average, each stream is
-    broken and resumed; 0: never. processes: of readers. settle: how long the last events may take, seconds."""
+    broken and resumed; 0: never. processes: of readers. settle: how long the last events may take, seconds.
+    sources: addresses of this machine that the streams come from, separated by commas; "": see `fleet.sources`."""
 
     shape: Path
     host: str
@@ -48,6 +49,7 @@ class Plan:
     breaks: float = 0.0
     processes: int = 2
     settle: float = 15.0
+    sources: str = ""
 
 
 @dataclass(slots=True)
@@ -137,8 +139,9 @@ def _orders(plan: Plan, processes: int) -> list[tuple[str, Found]]:
     order = {"shape": str(plan.shape), "times": plan.times, "speed": plan.speed, "spread": plan.spread,
              "form": plan.form, "token": plan.token, "host": plan.host, "port": plan.port,
              "prefix": f"load-{os.getpid()}-{time.time_ns() // 1_000_000:x}-", "breaks": plan.breaks, "places": processes}
-    return [("sender", order), *(("readers", order | {"place": place, "source": sources(plan.host, place)})
-                                 for place in range(processes))]
+    readers = [order | {"place": place, "source": plan.sources or sources(plan.host, place)}
+               for place in range(processes)]
+    return [("sender", order), *(("readers", each) for each in readers)]
 
 
 def _follow(crew: Crew, log: Log, watch: Watch, shape: Shape, begun: float, settle: float, progress: Progress,
@@ -193,7 +196,8 @@ def _found(plan: Plan, shape: Shape, log: Log, processes: int, pids: list[int], 
         "load": FORMAT, "kind": "replay", "label": plan.label or plan.form, "at": probe.now(), "machine": probe.machine(),
         "interrupted": log.interrupted,
         "settings": {"shape": plan.shape.name, "server": plan.form, "speed": plan.speed, "times": plan.times,
-                     "spread": plan.spread, "breaks": plan.breaks, "readers": processes, "settle": plan.settle},
+                     "spread": plan.spread, "breaks": plan.breaks, "readers": processes, "settle": plan.settle,
+                     "sources": plan.sources},
         "about": about, "shape": figures(shape), "totals": totals, "wrong": dict(wrong),
         "verdict": verdict_of(wrong, totals), "errors": dict(log.errors.most_common()),
         "latency": percentiles(log.latency), "acknowledged": percentiles(log.acknowledged),
