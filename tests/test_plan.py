@@ -225,6 +225,7 @@ def test_verdict_tells_whether_it_fits_and_what_to_set() -> None:
         ({"topics_per_stream": 0}, "topics_per_stream is at least 1"),
         ({"storm_seconds": 0}, "storm_seconds is at least 0.1"),
         ({"event_bytes": -5}, "event_bytes is at least 0"),
+        ({"sockets": 7}, "sockets is at most 4, not 7"),
     ],
 )
 def test_load_that_cannot_be_is_refused(change: dict[str, Any], said: str) -> None:
@@ -278,6 +279,10 @@ REQUIRED = ("--users", 10_000, "--messages-per-second", 100, "--fan-out", 10)
         ((*REQUIRED, "--topics-per-stream", 1001), {}, "topics_per_stream is at most 1000"),
         ((*REQUIRED, "--calibration", "/nowhere"), {}, "plan: /nowhere is no calibration"),
         ((*REQUIRED, "--calibrate", "--sample", 5), {}, "plan: a calibration opens 100 to 15000 streams, not 5"),
+        *(((*REQUIRED, f"--{name}", 0), {}, f"plan: {name.replace('-', '_')} is above 0, not 0")
+          for name in ("workers", "addresses", "cores", "memory-gb", "descriptors")),
+        ((*REQUIRED, "--memory-gb", "nan"), {}, "plan: memory_gb is above 0, not nan"),
+        ((*REQUIRED, "--sockets", 7), {}, "plan: sockets is at most 4, not 7"),
         (REQUIRED, {"PUSHSVC_BACKLOG": "x"}, "plan: PUSHSVC_BACKLOG is a whole number, not 'x'"),
     ],
 )

@@ -16,7 +16,8 @@ class Load:
     reaches, on average. event_bytes: of a message's data. group: streams that have the same topics
     (one user's devices). reconnects_per_hour: of one stream. proxies: addresses that
     proxies connect from; 0: clients connect themselves. sockets: ends of each stream's connections that are on this
-    machine (1: the service's own; 2: the client too; 3: a proxy). storm_seconds: time in which all streams come back.
+    machine (1: the service's own; 2: the client's too; 3: a proxy's two too; 4: a proxy's two and the client's too).
+    storm_seconds: time in which all streams come back.
     workers, addresses: how many of them; 0: as many as the load needs.
     """
 
@@ -41,9 +42,12 @@ class Load:
 
 
 _LEAST = {"users": 1, "topics_per_stream": 1, "storm_seconds": 0.1, "group": 1, "sockets": 1}
+_MOST = {"sockets": 4}
 
 
 def _check(name: str, value: float) -> None:
-    least = _LEAST.get(name, 0)
+    least, most = _LEAST.get(name, 0), _MOST.get(name, math.inf)
     if not math.isfinite(value) or value < least:
         raise PlanError(f"{name} is at least {least:g}, not {value:g}")
+    if value > most:
+        raise PlanError(f"{name} is at most {most:g}, not {value:g}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
@@ -38,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _end)
     try:
-        load = Load(**{each.name: getattr(options, each.name) for each in fields(Load)})
+        _check_given(options)
+        given = {each.name: getattr(options, each.name) for each in fields(Load)}
+        load = Load(**{name: value for name, value in given.items() if value is not None})
         settings = Settings.from_environ(os.environ)
         _check_topics(load, settings)
         costs = _calibration(options)
@@ -79,9 +82,17 @@ def _calibration(options: argparse.Namespace) -> Calibration:
 
 def _machine(options: argparse.Namespace, machine: Machine) -> Machine:
     """The calibrated one, with what else is asked for."""
-    asked = {"cores": options.cores, "memory_bytes": options.memory_gb and int(options.memory_gb * 1e9),
+    asked = {"cores": options.cores, "memory_bytes": int(options.memory_gb * 1e9) if options.memory_gb else None,
              "descriptors": options.descriptors}
-    return replace(machine, **{name: value for name, value in asked.items() if value})
+    return replace(machine, **{name: value for name, value in asked.items() if value is not None})
+
+
+def _check_given(options: argparse.Namespace) -> None:
+    """What stands for what there is, or for what is needed, unless it is given: then it is some. Raises PlanError."""
+    for name in ("workers", "addresses", "cores", "memory_gb", "descriptors"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise PlanError(f"{name} is above 0, not {value:g}")
 
 
 def _check_topics(load: Load, settings: Settings) -> None:
@@ -109,12 +120,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--storm-seconds", type=float, default=5.0, metavar="N", help="in which all come back after a break" + default)
     add("--proxies", type=int, default=1, metavar="N", help="addresses that proxies connect from; 0: no proxy" + default)
     add("--sockets", type=int, default=1, metavar="N", help="ends of a stream's connections on this machine: 2 with the "
-        "clients here, 3 with a proxy here" + default)
-    add("--workers", type=int, default=0, metavar="N", help="instead of as many as are needed")
-    add("--addresses", type=int, default=0, metavar="N", help="to listen on, instead of as many as are needed")
-    add("--cores", type=int, default=0, metavar="N", help="plan for a machine with so many")
-    add("--memory-gb", type=float, default=0.0, metavar="N", help="plan for a machine with so much")
-    add("--descriptors", type=int, default=0, metavar="N", help="plan for so many per process")
+        "clients here, 3 with a proxy here, 4 with both" + default)
+    add("--workers", type=int, metavar="N", help="instead of as many as are needed")
+    add("--addresses", type=int, metavar="N", help="to listen on, instead of as many as are needed")
+    add("--cores", type=int, metavar="N", help="plan for a machine with so many")
+    add("--memory-gb", type=float, metavar="N", help="plan for a machine with so much")
+    add("--descriptors", type=int, metavar="N", help="plan for so many per process")
     add("--calibrate", action="store_true", help="measure anew")
     add("--calibration", type=Path, metavar="FILE", help="an earlier calibration; with --calibrate: where the new one "
         "is kept (default var/calibration.json, measured if it is missing)")
