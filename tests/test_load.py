@@ -1,5 +1,6 @@
 """Load tests with the shape of real traffic: what a shape keeps, what a replay detects, when ramp and dark test stop."""
 
+import io
 import json
 import os
 import re
@@ -31,6 +32,7 @@ from load.dark import Dark, OrderError, Site
 from load.dark import Test as DarkTest
 from load.figures import differences, figures
 from load.metrics import version_said
+from load.progress import Progress, bar
 from load.ramp import Climb, Usage, broken, limits_of, told
 from load.recording import read_recording
 from load.report import page
@@ -651,6 +653,57 @@ def test_file_that_is_no_result_makes_no_report(text: str, tmp_path: Path) -> No
     assert not (tmp_path / "page.html").exists()
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def shown(file: io.StringIO) -> str:
+    with Progress(file) as progress:
+        progress.say("begun")
+        progress.show("one", 1, 4)
+        progress.hint("two", 2, 4)
+        progress.show("x" * 200, 5, 4)
+        progress.say("ended")
+        progress.show("left", 4, 4)
+    return file.getvalue()
+
+
+def test_progress_is_one_bar_on_a_terminal_and_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    start, *drawn = shown(Terminal()).split("\r\x1b[K")
+
+    assert start == "begun\n"
+    assert drawn[:2] == ["[######..................]  25 %  one", "[############............]  50 %  two"]
+    assert (drawn[2].count("#"), len(drawn[2])) == (24, 79)
+    assert drawn[3:] == ["ended\n", "[########################] 100 %  left", ""]
+    assert shown(io.StringIO()) == f"begun\none\n{'x' * 200}\nended\nleft\n"
+    monkeypatch.setenv("TERM", "dumb")
+    assert shown(Terminal()) == shown(io.StringIO())
+
+
+def test_bar_of_nothing_is_full() -> None:
+    assert bar(0, 0).endswith("100 %")
+
+
+def test_replay_draws_one_bar_on_a_terminal(tmp_path: Path) -> None:
+    write_shape(tmp_path / "shape", crowd(1.5, 4, 10))
+    ours, its = os.openpty()
+    server = Faulty("none")
+    try:
+        subprocess.run([*LOAD, "replay", str(tmp_path / "shape"), "--url", server.url, "--readers", "1"], stderr=its,
+                       stdout=subprocess.DEVNULL, timeout=TIMEOUT, env=os.environ | {"TERM": "xterm"})
+        said = os.read(ours, 1 << 16).decode()
+    finally:
+        server.stop()
+        os.close(ours)
+        os.close(its)
+
+    assert re.search(r"\r\x1b\[K\[[#.]{24}\] +\d+ %  \d of 2 s  \d+ streams", said)
+    assert said.endswith("\r\x1b[K")
+    assert said.count("\n") == 1, "only the first line stays"
+
+
 @pytest.mark.parametrize("command", ["replay", "ramp"])
 def test_streams_come_from_the_sources_that_are_named(command: str, tmp_path: Path) -> None:
     write_shape(tmp_path / "shape", Shape(0.5, SMALL.streams[:1] * 8, SMALL.events[:1], "test"))
@@ -775,7 +828,7 @@ def test_dark_test_says_whose_address_it_is_where_nobody_listens() -> None:
 
 
 def test_order_that_is_not_taken_names_the_service() -> None:
-    test = Dark(DarkTest("dark", "", 1, [1.0], 1.0, 1.0), Site("127.0.0.1", 1), Site("127.0.0.1", 2), lambda text: None)
+    test = Dark(DarkTest("dark", "", 1, [1.0], 1.0, 1.0), Site("127.0.0.1", 1), Site("127.0.0.1", 2), Progress())
 
     with pytest.raises(OrderError, match=r"the service on 127\.0\.0\.1:1 takes no order: .*Connection refused"):
         test.order(1.0)

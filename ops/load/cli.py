@@ -25,6 +25,7 @@ from load.crew import CrewError
 from load.dark import Dark, Site, Test
 from load.figures import differences, figures
 from load.metrics import version_said
+from load.progress import Progress
 from load.ramp import RATE, STREAMS, Climb, Ramp
 from load.recording import read_recording
 from load.replay import FORMAT, Plan, replay
@@ -235,7 +236,8 @@ def _replay(options: argparse.Namespace) -> int:
         plan = Plan(options.shape, **server, label=options.label, speed=options.speed, times=options.times,
                     spread=options.spread, breaks=options.breaks, processes=options.readers, settle=options.settle,
                     sources=options.sources)
-        found = replay(plan, pids, say_progress, about)
+        with Progress() as progress:
+            found = replay(plan, pids, progress, about)
     found["objective"] = {"p99_ms": options.p99}
     return _told(options, found)
 
@@ -309,7 +311,8 @@ def _ramp(options: argparse.Namespace) -> int:
                   options.p99, options.errors, options.sources)
     with _served(options) as server:
         form = FORMS[server["form"]](server["token"])
-        found = Ramp(climb, form, server["host"], server["port"], server["pids"], say_progress).run()
+        with Progress() as progress:
+            found = Ramp(climb, form, server["host"], server["port"], server["pids"], progress).run()
     return _climbed(options, found | {"label": options.label or server["form"], "about": server["about"]}, asdict(climb))
 
 
@@ -349,7 +352,8 @@ def _dark(options: argparse.Namespace) -> int:
     canary = Site(*address_of(options.canary), options.canary_token)
     for site, argument in ((service, "--url, the service"), (canary, "--canary")):
         _knock(site.host, site.port, argument)
-    found = Dark(test, service, canary, say_progress).run()
+    with Progress() as progress:
+        found = Dark(test, service, canary, progress).run()
     found |= {"label": options.label or options.canary, "about": {
         "url": options.url, "canary": options.canary,
         "version": version_said(canary.host, canary.port, "pushsvc", canary.token)}}

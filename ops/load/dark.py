@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from publisher import Publisher, PublishError, mark, post
 from swarm import Target
 
 from load.metrics import scraped
+from load.progress import Progress
 
 ORDER = "pushsvc-dark"
 PROBE_SECONDS = 0.1
@@ -30,7 +31,6 @@ GOOD_SECONDS = 15.0  # how long an order holds unless it is given again
 AGAIN_SECONDS = 5.0
 TRIES = 5
 JSON = "application/json"
-Progress = Callable[[str], None]
 Found = dict[str, Any]
 
 
@@ -92,7 +92,7 @@ class Dark:
                 fleet.open(1, Target(self._canary.host, self._canary.port, f"/events?topic={self._probe}{self._query()}"))
                 for percent in self._test.percents:
                     levels.append(self._level(fleet, percent))
-                    self._progress(f"{percent:g} %: {levels[-1]['streams']} streams, p99 {levels[-1]['p99_ms']} ms")
+                    self._progress.say(f"{percent:g} %: {levels[-1]['streams']} streams, p99 {levels[-1]['p99_ms']} ms")
                     if levels[-1]["broken"]:
                         break
         finally:
@@ -122,9 +122,9 @@ class Dark:
                 self._publish({"url": "", "streams": 0, "percent": 0, "until": 0})
                 return
             except OrderError as error:
-                self._progress(f"the stop was not taken ({attempt + 1} of {TRIES}): {error}")
+                self._progress.say(f"the stop was not taken ({attempt + 1} of {TRIES}): {error}")
                 time.sleep(0.5)
-        self._progress(f"the pages stop by themselves within {GOOD_SECONDS:g} s")
+        self._progress.say(f"the pages stop by themselves within {GOOD_SECONDS:g} s")
 
     def _publish(self, data: Found) -> None:
         order = {"topic": self._test.topic, "event": ORDER, "keep": "latest", "key": ORDER, "data": data}
@@ -152,6 +152,7 @@ class Dark:
                                           self._canary.token).values()))
                 peak = max(peak, streams)
                 why = self._judged(fleet, sent, streams)
+                self._show(percent, f"{streams} streams", until - time.monotonic())
             publisher.close()
         except OrderError as error:
             why = str(error)[:100]
@@ -162,6 +163,12 @@ class Dark:
             why = f"{sent - seen.events} of {sent} events did not arrive on the command's own stream"
         return {"percent": percent, "streams": streams, "peak": peak, "events": seen.events, **seen.latencies(),
                 "broken": why}
+
+    def _show(self, percent: float, text: str, left: float) -> None:
+        """left: seconds of this level."""
+        hold, levels = self._test.hold, self._test.percents
+        gone, total = hold * (levels.index(percent) + 1) - max(0.0, left), hold * len(levels)
+        self._progress.hint(f"{gone:.0f} of {total:.0f} s  {percent:g} % of the pages, {text}", gone, total)
 
     def _send(self, publisher: Publisher, sent: int, until: float) -> int:
         """Events for the command's own stream until then, each due when the one before was, and a pause."""

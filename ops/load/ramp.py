@@ -6,7 +6,6 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ from publisher import Publisher, PublishError, mark, pace
 from swarm import Target
 
 from load.metrics import scraped
+from load.progress import Progress
 from load.shape import Event
 from load.targets import Form
 from load.watch import Watch, descriptors_left, kernel_counters
@@ -33,7 +33,6 @@ LEAST_AVAILABLE = 1 << 30  # bytes; below this the ramp stops, whatever was aske
 UNSEEN = "no limit was met that can be seen from here"
 FIRST = f"{UNSEEN}: even the first step breaks the objective; a smaller --step or a higher objective tells more"
 STREAMS, RATE = "streams", "rate"
-Progress = Callable[[str], None]
 Found = dict[str, Any]
 
 
@@ -87,8 +86,8 @@ class Ramp:
             for level in range(climb.step, climb.most + 1, climb.step):
                 found, limits = self._level(fleet, level)
                 levels.append(found)
-                self._progress(f"{level} {climb.raise_}: p99 {found['p99_ms']} ms, failed {found['failed']}, "
-                               f"ended {found['ended']}, lost {found['lost']}")
+                self._progress.say(f"{level} {climb.raise_}: p99 {found['p99_ms']} ms, failed {found['failed']}, "
+                                   f"ended {found['ended']}, lost {found['lost']}")
                 if found["broken"] or limits:
                     break
                 if probe.available_bytes() < LEAST_AVAILABLE:
@@ -105,7 +104,9 @@ class Ramp:
         self._refused = ""
         opened = fleet.stats()
         if streams > opened.open:
-            opened = fleet.open(streams - opened.open, self._target(), seconds=OPEN_SECONDS)
+            opened = fleet.open(streams - opened.open, self._target(), seconds=OPEN_SECONDS,
+                                progress=lambda count: self._show(level, f"{count} streams open"))
+        self._show(level, f"{opened.open} streams open, {rate:g} events/s for {climb.hold:g} s")
         late = self._publish(rate)
         expected = self._expected(rate, opened.open)
         seen = self._arrived(fleet, expected)
@@ -124,6 +125,10 @@ class Ramp:
                       {name: value - before.evicted.get(name, 0) for name, value in after.evicted.items()})
         return found, limits_of(found, spent, dict(self._errors), descriptors_left(self._pids), memory_left(),
                                 bool(found["broken"]))
+
+    def _show(self, level: int, text: str) -> None:
+        climb = self._climb
+        self._progress.hint(f"{level} of {climb.most} {climb.raise_}: {text}", level - climb.step, climb.most)
 
     def _usage(self) -> Usage:
         return Usage(kernel_counters(), scraped(self._host, self._port, "pushsvc_evicted_total"))

@@ -6,7 +6,6 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from swarm import BUCKETS_PER_E
 from load.crew import Crew, CrewError, Member
 from load.figures import figures, peak
 from load.interrupt import Interrupt
+from load.progress import Progress
 from load.shape import Shape, expanded, read_shape
 from load.watch import Watch
 
@@ -26,7 +26,6 @@ FORMAT = 1
 LEAD_SECONDS = 0.5  # until all processes have been told when to begin
 LOOK_SECONDS = 1.0
 PERCENTILES = {"p50_ms": 0.5, "p90_ms": 0.9, "p99_ms": 0.99, "p999_ms": 0.999, "max_ms": 1.0}
-Progress = Callable[[str], None]
 Found = dict[str, Any]
 Times = list[float | None]
 
@@ -123,7 +122,7 @@ def replay(plan: Plan, pids: list[int], progress: Progress, about: Found | None 
     processes = max(plan.processes, math.ceil(peak(shape) / PER_PROCESS))
     log = Log()
     with Crew(_orders(plan, processes)) as crew:
-        progress(f"{len(shape.streams)} streams, {len(shape.events)} events in {shape.seconds:.0f} s")
+        progress.say(f"{len(shape.streams)} streams, {len(shape.events)} events in {shape.seconds:.0f} s")
         crew.wait_ready()
         watch, client = Watch(pids), Watch([os.getpid()])
         with Interrupt() as interrupt:
@@ -160,11 +159,11 @@ def _follow(crew: Crew, log: Log, watch: Watch, shape: Shape, begun: float, sett
         if watch.pids:
             second = log.at(now)
             second.server_cpu, second.server_memory = round(look["cores"], 3), int(look["memory"])
-        progress(_line(log, now, shape))
+        progress.show(_line(log, now, shape), now, shape.seconds)
         if interrupt.asked and log.interrupted is None:
             log.interrupted = round(now, 1)
-            progress(f"broken off after {now:.0f} of {shape.seconds:.0f} s: what was sent is verified, then the streams "
-                     "end; a second Ctrl-C ends them at once")
+            progress.say(f"broken off after {now:.0f} of {shape.seconds:.0f} s: what was sent is verified, then the "
+                         "streams end; a second Ctrl-C ends them at once")
             _stop_sending(crew)
         if log.sent is not None and not asked and (now >= shape.seconds or interrupt.asked):
             asked = True
