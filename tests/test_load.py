@@ -745,6 +745,16 @@ def test_replay_that_is_broken_off_verifies_what_it_has_sent_and_writes_it(tmp_p
     assert "broken off after" in out
 
 
+@pytest.mark.parametrize("command", [["replay", SHAPE], ["ramp"], ["dark", "--canary", "http://127.0.0.1:1"]],
+                         ids=["replay", "ramp", "dark"])
+def test_result_that_cannot_be_written_is_told_before_the_run(command: list[Any], tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere" / "found.json"
+
+    for option, path in (("-o", nowhere), ("--report", tmp_path)):
+        done = load(*command, option, path)
+        assert (done.returncode, done.stderr) == (2, f"load: {path} cannot be written\n")
+
+
 # --- Ramp and dark test ----------------------------------------------------------------------------------
 
 

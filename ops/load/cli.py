@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import socket
 import sys
@@ -179,6 +180,13 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", type=Path, metavar="HTML", help="where the result goes as a page")
 
 
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Raises ValueError if the result could not be written: that is known before the run and not after it."""
+    for path in filter(None, (options.output, options.report)):
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ValueError(f"{path} cannot be written")
+
+
 def _add_server(parser: argparse.ArgumentParser) -> None:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--url", default="http://127.0.0.1:8000", help="the server (%(default)s)")
@@ -231,6 +239,7 @@ def _knock(host: str, port: int, argument: str) -> None:
 
 def _replay(options: argparse.Namespace) -> int:
     read_shape(options.shape)  # one that is none is told before anything is started
+    _check_outputs(options)
     with _served(options) as server:
         pids, about = server.pop("pids"), server.pop("about")
         plan = Plan(options.shape, **server, label=options.label, speed=options.speed, times=options.times,
@@ -305,6 +314,7 @@ def _add_ramp(commands: Any) -> None:
 
 
 def _ramp(options: argparse.Namespace) -> int:
+    _check_outputs(options)
     if options.step > options.most:
         raise ValueError("--step is not above --most")
     climb = Climb(options.raise_, options.step, options.most, options.streams, options.rate, options.topics, options.hold,
@@ -346,6 +356,7 @@ def _add_dark(commands: Any) -> None:
 
 
 def _dark(options: argparse.Namespace) -> int:
+    _check_outputs(options)
     url = options.open or f"{options.canary.rstrip('/')}/events?topic=dark"
     test = Test(options.topic, url, options.streams, options.percent, options.hold, options.p99, options.most)
     service = Site(*address_of(options.url), options.token)
