@@ -774,6 +774,17 @@ LEVEL = {"publish": "", "failed": 0, "ended": 0, "lost": 0, "p99_ms": 5.0, "busi
 CLIMB = Climb("streams", 1, 1, 1, 1.0, p99_ms=10.0)
 
 
+@pytest.mark.parametrize("climb", [
+    {"raise_": "streams", "rate": 1.0, "topics": 6, "hold": 5.0}, {"raise_": "rate", "step": 1, "topics": 6, "hold": 5.0},
+    {"step": 3, "most": 2}], ids=["rate", "step", "most"])
+def test_climb_that_would_measure_nothing_is_refused(climb: dict[str, Any]) -> None:
+    good = {"raise_": "streams", "step": 1, "most": 10, "streams": 10, "rate": 20.0}
+
+    assert Climb(**good).events(20.0) == 100
+    with pytest.raises(ValueError, match=r"not one event for each of 6 topics in 5 s|--step is not above --most"):
+        Climb(**good | climb)
+
+
 def test_level_is_broken_by_its_p99_by_errors_and_by_a_failed_publish() -> None:
     assert broken(LEVEL, CLIMB) == ""
     assert "p99" in broken(LEVEL | {"p99_ms": 10.1}, CLIMB)

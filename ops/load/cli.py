@@ -315,8 +315,6 @@ def _add_ramp(commands: Any) -> None:
 
 def _ramp(options: argparse.Namespace) -> int:
     _check_outputs(options)
-    if options.step > options.most:
-        raise ValueError("--step is not above --most")
     climb = Climb(options.raise_, options.step, options.most, options.streams, options.rate, options.topics, options.hold,
                   options.p99, options.errors, options.sources)
     with _served(options) as server:

@@ -40,7 +40,8 @@ Found = dict[str, Any]
 class Climb:
     """What is raised, and what is kept. raise_: streams or rate (events a second, over all topics). step: how much
     more at each level, from `step` to `most`. hold: seconds of events at each. p99_ms, errors: the objective.
-    sources: addresses of this machine that the streams come from, separated by commas; "": see `fleet.sources`."""
+    sources: addresses of this machine that the streams come from, separated by commas; "": see `fleet.sources`. Raises
+    ValueError for a climb that would measure nothing."""
 
     raise_: str
     step: int
@@ -52,6 +53,17 @@ class Climb:
     p99_ms: float = 1000.0
     errors: int = 0
     sources: str = ""
+
+    def __post_init__(self) -> None:
+        if self.step > self.most:
+            raise ValueError("--step is not above --most")
+        if not self.events(float(self.step) if self.raise_ == RATE else self.rate):
+            raise ValueError(f"not one event for each of {self.topics} topics in {self.hold:g} s: raise --rate "
+                             "(--step with --raise rate) or --hold")
+
+    def events(self, rate: float) -> int:
+        """How many events of each topic a level of this rate publishes."""
+        return int(rate / self.topics * self.hold)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +170,7 @@ class Ramp:
         return self._form.publish([f"{self._prefix}{topic}"], mark(number, 0, at), Event(0.0, (topic,), 100))
 
     def _expected(self, rate: float, streams: int) -> int:
-        return int(rate / self._climb.topics * self._climb.hold) * streams
+        return self._climb.events(rate) * streams
 
     def _arrived(self, fleet: Fleet, expected: int) -> Seen:
         deadline = time.monotonic() + ARRIVE_SECONDS
