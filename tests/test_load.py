@@ -93,6 +93,7 @@ BAD_TABLES = {
     "a time that goes back": (HEAD + "2,join,ann,0\n1,join,bob,0\n", "line 3"),
     "another kind": (HEAD + "1,nick,ann,0\n", "line 2"),
     "a line cut off": (HEAD + "1,join\n", "line 2"),
+    "a value of megabytes": (HEAD + "1,join," + "a" * 200_000, "is no CSV: field larger"),
     "nobody": (HEAD + "1,join,,0\n", "line 2"),
 }
 
@@ -138,6 +139,8 @@ def test_real_chat_becomes_a_shape_with_all_its_events(name: str, tmp_path: Path
 
 OPEN, EVENT = ["open", 1.0, 1, 1, [1], 0], ["event", 2.0, [1], 5, 0, "all", 0, 1]
 BAD_ROWS = {
+    "nested without end": ("[" * 100_000, ": maximum recursion depth"),
+    "a time beyond all": (json.dumps([*OPEN[:1], 10**400, *OPEN[2:]]), ": at is a number of 0 or more, not 1000"),
     "cut off": ('["open", 1.0, 1', ", column 16: no JSON"),
     "empty": ("", ", column 1: no JSON"),
     "no array": ('{"open": 1}', ": it is open, close, event: an array"),
@@ -615,8 +618,8 @@ def test_address_where_nobody_listens_is_told_at_once(command: list[Any]) -> Non
 BAD_ARGUMENTS = {
     "ramp --topics 0": "argument --topics: a whole number of at least 1 is wanted, not '0'",
     "ramp --streams abc": "argument --streams: a whole number of at least 1 is wanted, not 'abc'",
-    "ramp --rate nan": "argument --rate: a number above 0 is wanted, not 'nan'",
-    "ramp --p99 inf": "argument --p99: a number above 0 is wanted, not 'inf'",
+    "ramp --rate nan": "argument --rate: a number from 1e-9 to 1e9 is wanted, not 'nan'",
+    "ramp --p99 inf": "argument --p99: a number from 1e-9 to 1e9 is wanted, not 'inf'",
     "ramp --set FOO": "argument --set: NAME=VALUE is wanted, not 'FOO'",
     "ramp --sources 127.0.0.2,x": "argument --sources: IPv4 addresses, separated by commas, are wanted, not 'x'",
     "ramp --sources 192.0.2.1": "argument --sources: 192.0.2.1 is no address of this machine: Cannot assign requested "
@@ -624,8 +627,9 @@ BAD_ARGUMENTS = {
     "ramp --pids 1,abc": "argument --pids: a whole number of at least 1 is wanted, not 'abc'",
     f"replay {SHAPE} --times 0": "argument --times: a whole number of at least 1 is wanted, not '0'",
     f"replay {SHAPE} --readers 0": "argument --readers: a whole number of at least 1 is wanted, not '0'",
-    f"show {SHAPE} --spread -3": "argument --spread: a number of at least 0 is wanted, not '-3'",
-    f"compare {SHAPE} {SHAPE} --tolerance x": "argument --tolerance: a number of at least 0 is wanted, not 'x'",
+    f"show {SHAPE} --speed 1e-320": "argument --speed: a number from 1e-9 to 1e9 is wanted, not '1e-320'",
+    f"show {SHAPE} --spread -3": "argument --spread: a number from 0 to 1e9 is wanted, not '-3'",
+    f"compare {SHAPE} {SHAPE} --tolerance x": "argument --tolerance: a number from 0 to 1e9 is wanted, not 'x'",
     "dark --canary http://127.0.0.1:1 --percent 5,x": "argument --percent: a list of numbers above 0 and up to 100 is "
                                                       "wanted, not 'x'",
 }
@@ -641,8 +645,9 @@ def test_argument_that_cannot_be_is_refused_with_what_is_wanted(
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {said}")
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"load": 2, "kind": "ramp"}', '{"load": 1, "kind": "replay"}',
-                                  '{"load": 1, "kind": "ramp", "label": "", "levels": []}'])
+@pytest.mark.parametrize("text", ["", "[" * 100_000, "[1]", "{}", '{"load": 2, "kind": "ramp"}',
+                                  '{"load": 1, "kind": "replay"}',
+                                  '{"load": 1, "kind": "ramp", "label": "", "levels": []}'], ids=range(7))
 def test_file_that_is_no_result_makes_no_report(text: str, tmp_path: Path) -> None:
     (tmp_path / "foreign.json").write_text(text)
 

@@ -39,8 +39,8 @@ def whole(least: int) -> Callable[[str], int]:
     return parse
 
 
-positive = number("a number above 0", lambda value: value > 0)
-not_negative = number("a number of at least 0", lambda value: value >= 0)
+positive = number("a number from 1e-9 to 1e9", lambda value: 1e-9 <= value <= 1e9)
+not_negative = number("a number from 0 to 1e9", lambda value: 0 <= value <= 1e9)
 percent = number("a list of numbers above 0 and up to 100", lambda value: 0 < value <= 100)
 pid = whole(1)
 

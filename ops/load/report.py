@@ -45,7 +45,7 @@ def read_result(path: Path) -> Found:
         page([found])
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not the result of a load test ({type(error).__name__}: {error})") from None
     return found
 

@@ -7,7 +7,6 @@ JSON lines (docs/load.md); in memory a stream is one record from its opening to 
 from __future__ import annotations
 
 import json
-import math
 import random
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 
 FORMAT = 1
 KEEPS = ("all", "latest", "none")
+MOST = 1 << 53  # of a number in a file: larger ones are not exact in JSON
 Checked = TypeVar("Checked")
 
 
@@ -142,7 +142,7 @@ def read_line(path: Path, number: int, line: str, check: Callable[[Any], Checked
         return check(json.loads(line.rstrip("\n")))
     except json.JSONDecodeError as error:
         raise ShapeError(f"{path}, line {number}, column {error.colno}: no JSON: {error.msg}") from None
-    except (ValueError, TypeError, LookupError) as error:
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise ShapeError(f"{path}, line {number}: {error}") from None
 
 
@@ -166,16 +166,16 @@ def _checked(row: Any) -> list[Any]:
     for name, value in zip(columns, row[1:], strict=True):
         wanted, is_good = VALUES.get(name, NUMBER)
         if not is_good(value):
-            raise ValueError(f"{name} is {wanted}, not {json.dumps(value)}")
+            raise ValueError(f"{name} is {wanted}, not {json.dumps(value)[:40]}")
     return row
 
 
 def _is_time(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < math.inf
+    return type(value) in (int, float) and 0 <= value < MOST
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < MOST
 
 
 def _are_topics(value: Any) -> bool:

@@ -78,6 +78,8 @@ def _rows(path: Path) -> list[tuple[float, str, str, int]]:
         raise ShapeError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ShapeError(f"{path} is not UTF-8") from None
+    except csv.Error as error:
+        raise ShapeError(f"{path} is no CSV: {error}") from None
 
 
 def _checked(path: Path, reader: csv.DictReader[str]) -> list[tuple[float, str, str, int]]:
