@@ -7,6 +7,7 @@ import re
 import sys
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -283,3 +284,15 @@ def test_access_log_has_a_parked_stream_when_it_has_opened_and_another_when_it_e
             assert not entries("lent")
         eventually(written_to, TIMEOUT)
         assert len(entries("parked")) == 1
+
+
+def test_metrics_are_told_also_while_a_worker_makes_its_file(tmp_path: Path) -> None:
+    """prometheus_client makes it empty first."""
+    folder = tmp_path / "metrics"
+    folder.mkdir()
+    with Server(tmp_path / "server", workers=1, env={"PROMETHEUS_MULTIPROC_DIR": str(folder)}) as server:
+        assert any(folder.glob("counter_*.db"))
+        (folder / "counter_1.db").touch()
+        answer = request("GET", f"{server.url}/metrics")
+        assert answer.status == 200
+        assert "\npushsvc_published_total 0.0\n" in answer.text
