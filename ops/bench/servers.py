@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import random
 import re
 import resource
 import shutil
@@ -356,8 +357,8 @@ def running(server: Server, cores: Iterable[int] | None = None) -> Iterator[list
 
 
 def free_port() -> int:
-    """One below those that the kernel gives to clients."""
-    for port in PORTS:
+    """One below those that the kernel gives to clients; any of them: others may be looking for one at this moment."""
+    for port in random.sample(PORTS, len(PORTS)):
         with socket.socket() as candidate:
             candidate.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
