@@ -32,7 +32,6 @@ from load.dark import Dark, OrderError, Site
 from load.dark import Test as DarkTest
 from load.figures import differences, figures
 from load.metrics import version_said
-from load.progress import Progress, bar
 from load.ramp import Climb, Usage, broken, limits_of, told
 from load.recording import read_recording
 from load.report import page
@@ -40,6 +39,7 @@ from load.shape import Event, Shape, ShapeError, Stream, expanded, read_shape, w
 from load.table import read_table
 from load.verify import Book, Tally, Track, behind
 from load.wire import data_of, read
+from terminal import Progress, bar
 
 LOAD = [sys.executable, str(ROOT / "ops" / "load")]
 SHAPE = ROOT / "ops/load/shapes/ubuntu-irc-2006-06-01.jsonl"

@@ -4,31 +4,70 @@ from __future__ import annotations
 
 import os
 import select
-import shutil
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 NO_READER = 141  # 128 and the number of SIGPIPE: what a shell tells of a program that this signal has ended
 
-BAR = 20  # characters
-OVER = "\r\x1b[K"  # writes the line anew
+CELLS = 24
+COLUMNS = 80  # where the terminal does not say
+ERASE = "\r\x1b[K"
 
 
-def say(text: str, part: float | None = None, again: bool = False) -> None:
-    """Tell on standard error how far something is. On a terminal that is one line, written over each time, with a bar
-    where `part` of the whole, 0 to 1, is known; "" takes it away. Elsewhere it is a line for what is new, and none for
-    what is only told `again`."""
-    if sys.stderr.isatty():
-        line = text if part is None else f"{_bar(part)} {text}"
-        print(f"{OVER}{line[: shutil.get_terminal_size().columns - 1]}", end="", file=sys.stderr, flush=True)
-    elif text and not again:
-        print(text, file=sys.stderr, flush=True)
+class Progress:
+    """How far something is, on standard error: on a terminal a bar, which one line is drawn anew for; else lines. Use it
+    in a `with` block: at its end no bar is left behind."""
+
+    def __init__(self, file: TextIO | None = None) -> None:
+        self._file = file or sys.stderr
+        self._is_drawn = False
+        self.is_terminal = self._file.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.erase()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.erase()
+        print(text, file=self._file, flush=True)
+
+    def show(self, text: str, done: float, total: float) -> None:
+        """So much of the whole is done: the bar, with this text behind it; a line if there is no terminal."""
+        if self.is_terminal:
+            self.hint(text, done, total)
+        else:
+            self.say(text)
+
+    def hint(self, text: str, done: float, total: float) -> None:
+        """As `show`, but nothing if there is no terminal: for what comes often."""
+        if self.is_terminal:
+            line = f"{bar(done, total)}  {text.strip()}"[:self._columns() - 1]
+            self._file.write(f"{ERASE}{line}")
+            self._file.flush()
+            self._is_drawn = True
+
+    def erase(self) -> None:
+        if self._is_drawn:
+            self._file.write(ERASE)
+            self._file.flush()
+            self._is_drawn = False
+
+    def _columns(self) -> int:
+        try:
+            return os.get_terminal_size(self._file.fileno()).columns or COLUMNS
+        except OSError:
+            return COLUMNS
 
 
-def _bar(part: float) -> str:
-    part = min(1.0, max(0.0, part))
-    full = int(part * BAR)
-    return f"[{'#' * full}{'.' * (BAR - full)}] {part:4.0%}"
+def bar(done: float, total: float) -> str:
+    """`[####....]  50 %`. More than all is all."""
+    part = min(1.0, max(0.0, done / total)) if total > 0 else 1.0
+    full = int(part * CELLS)
+    return f"[{'#' * full}{'.' * (CELLS - full)}] {int(part * 100):3d} %"
 
 
 def answered(main: Callable[[], int]) -> int:

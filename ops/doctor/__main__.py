@@ -22,7 +22,7 @@ from finding import Report  # noqa: E402
 from host import HostError  # noqa: E402
 from wire import parse  # noqa: E402
 
-from ops.bench.terminal import answered, say  # noqa: E402
+from ops.bench.terminal import Progress, answered  # noqa: E402
 
 CLEAN, FOUND, UNEXAMINED, BROKEN_OFF = 0, 1, 3, 130  # 2 is argparse's
 MOST_SECONDS = 86_400
@@ -50,8 +50,9 @@ def _path(options: argparse.Namespace) -> Report:
     url, publish, direct = (parse(each, options.cacert) if each else None
                             for each in (options.url, options.publish, options.direct))
     assert url is not None, "without --url there is no path"
-    return path.examine(visit.Asked(url, publish, direct, options.token, options.origin, options.proxy_config,
-                                   options.seconds), say)
+    asked = visit.Asked(url, publish, direct, options.token, options.origin, options.proxy_config, options.seconds)
+    with Progress() as progress:
+        return path.examine(asked, progress)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -102,5 +103,4 @@ if __name__ == "__main__":
     try:
         sys.exit(answered(main))
     except KeyboardInterrupt:
-        say("")
         sys.exit(BROKEN_OFF)

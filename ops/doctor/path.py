@@ -9,8 +9,10 @@ import replies
 import silence
 import tls
 from finding import Report
-from visit import ARRIVE_SECONDS, BROWSER, PLAIN, Asked, Failure, Say, Visit, detail, own_target
+from visit import ARRIVE_SECONDS, BROWSER, PLAIN, Asked, Failure, Visit, detail, own_target
 from wire import Answer, Head
+
+from ops.bench.terminal import Progress
 
 MOST_REDIRECTS = 5
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -22,8 +24,8 @@ class Unexamined(Exception):
     """Why nothing more could be examined."""
 
 
-def examine(asked: Asked, say: Say) -> Report:
-    visit = Visit(asked, say, own_target(asked.target))
+def examine(asked: Asked, progress: Progress) -> Report:
+    visit = Visit(asked, progress, own_target(asked.target))
     try:
         _follow(visit)
         _look_at_connection(visit)
@@ -147,7 +149,7 @@ def _listen(visit: Visit) -> None:
     """What needs an open stream; silence takes longest, so it is listened to meanwhile."""
     listening = silence.start(visit)
     for step in (marks.examine, replies.errors, replies.access, replies.cors, replies.headers):
-        visit.say(f"examining {step.__doc__}", listening.part(), True)
+        visit.progress.hint(f"examining {step.__doc__}", listening.part(), 1)
         try:
             step(visit)
         except Failure as error:

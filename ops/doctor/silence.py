@@ -70,11 +70,11 @@ def listen(visit: Visit) -> Heard:
 
 def wait(visit: Visit, listening: Listening) -> None:
     """Until the listening ends; then tell what was heard."""
-    visit.say(f"listening to silence for {visit.asked.seconds:g} s", listening.part(), False)
+    visit.progress.show(f"listening to silence for {visit.asked.seconds:g} s", listening.part(), 1)
     while not listening.heard.done():
-        visit.say(f"listening to silence, {listening.left():.0f} s more", listening.part(), True)
+        visit.progress.hint(f"listening to silence, {listening.left():.0f} s more", listening.part(), 1)
         time.sleep(0.1)
-    visit.say("", None, True)
+    visit.progress.erase()
     try:
         _tell(visit, listening.heard.result())
     except Failure as error:

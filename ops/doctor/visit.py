@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode
@@ -15,6 +14,8 @@ from finding import Finding, Report
 from layout import LayoutError, Scope, read
 from wire import Answer, Headers, Target, WireError, exchange
 
+from ops.bench.terminal import Progress
+
 ARRIVE_SECONDS = 3.0  # what has not come by then is held back
 ANSWER_SECONDS = 15.0  # for requests that are answered as a whole
 FILLERS, FILLER_BYTES = 6, 60_000  # more than proxies hold back
@@ -22,7 +23,6 @@ BROWSER = {"Accept": "text/event-stream", "Accept-Encoding": "gzip, deflate, br,
 PLAIN = BROWSER | {"Accept-Encoding": "identity"}
 OWN = "doctor-"  # what the doctor's own topics begin with
 FORM = "application/x-www-form-urlencoded"
-Say = Callable[[str, float | None, bool], None]  # text, the part of the whole that is done, whether it is only renewed
 Failure = (OSError, WireError)  # a TimeoutError is an OSError
 
 
@@ -42,10 +42,10 @@ class Asked:
 
 @dataclass(slots=True)
 class Visit:
-    """One examination. target: moves on with redirects. say: shows progress."""
+    """One examination. target: moves on with redirects. progress: how far it is."""
 
     asked: Asked
-    say: Say
+    progress: Progress
     target: Target
     report: Report = field(default_factory=Report)
 

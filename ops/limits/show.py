@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from types import FrameType
 
-from stage import NotHere, Show, raise_descriptors
+from stage import PROGRESS, NotHere, Show, raise_descriptors
 
-from ops.bench.terminal import answered, say  # stage has put the project's folder on the path
+from ops.bench.terminal import answered  # stage has put the project's folder on the path
 
 MODULES = {"1": "pending", "2": "threads", "3": "ports", "4": "descriptors", "5": "memory"}
 
@@ -37,15 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _end)
     try:
         module = importlib.import_module(MODULES[options.limit])
-        show: Show = module.run(**({"streams": options.streams} if options.streams else {}))
+        with PROGRESS:
+            show: Show = module.run(**({"streams": options.streams} if options.streams else {}))
     except NotHere as error:
-        say("")
         print(f"show: {error}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
-        say("")
         return 130
-    say("")
     print(json.dumps(asdict(show), indent=2) if options.json else _text(show))
     return 0 if show.shown else 1
 

@@ -21,9 +21,10 @@ from clients import PORT, get
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
-from ops.bench.terminal import say  # noqa: E402
+from ops.bench.terminal import Progress  # noqa: E402
 
 HERE = Path(__file__).parent
+PROGRESS = Progress()
 START_SECONDS, STOP_SECONDS = 30.0, 5.0
 CLONE_NEWNET = 0x40000000  # linux/sched.h
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -180,10 +181,10 @@ class Show:
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        say(f"{self.title}: {self.steps} phases", 0.0, again=True)
+        PROGRESS.hint(f"{self.title}: {self.steps} phases", 0, self.steps)
 
     def add(self, name: str, what: str, **figures: Any) -> dict[str, Any]:
         """A phase that is over."""
         self.phases.append(Phase(name, what, figures))
-        say(f"{self.title}: {name}, {what}", len(self.phases) / self.steps, again=True)
+        PROGRESS.hint(f"{self.title}: {name}, {what}", len(self.phases), self.steps)
         return figures

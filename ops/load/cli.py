@@ -20,13 +20,13 @@ from build import BuildError
 from fleet import FleetError, run, say_progress
 from publisher import PublishError
 from servers import ServerError
+from terminal import Progress
 
 from load.arguments import not_negative, percents, pids, positive, setting, source_addresses, whole
 from load.crew import CrewError
 from load.dark import Dark, Site, Test
 from load.figures import differences, figures
 from load.metrics import version_said
-from load.progress import Progress
 from load.ramp import RATE, STREAMS, Climb, Ramp
 from load.recording import read_recording
 from load.replay import FORMAT, Plan, replay

@@ -18,9 +18,9 @@ from typing import Any
 from fleet import Fleet
 from publisher import Publisher, PublishError, mark, post
 from swarm import Target
+from terminal import Progress
 
 from load.metrics import scraped
-from load.progress import Progress
 
 ORDER = "pushsvc-dark"
 PROBE_SECONDS = 0.1

@@ -14,9 +14,9 @@ import probe
 from fleet import PER_PROCESS, Fleet, Seen
 from publisher import Publisher, PublishError, mark, pace
 from swarm import Target
+from terminal import Progress
 
 from load.metrics import scraped
-from load.progress import Progress
 from load.shape import Event
 from load.targets import Form
 from load.watch import Watch, descriptors_left, kernel_counters

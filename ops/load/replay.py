@@ -14,11 +14,11 @@ from typing import Any
 import probe
 from fleet import PER_PROCESS, percentile_ms, sources
 from swarm import BUCKETS_PER_E
+from terminal import Progress
 
 from load.crew import Crew, CrewError, Member
 from load.figures import figures, peak
 from load.interrupt import Interrupt
-from load.progress import Progress
 from load.shape import Shape, expanded, read_shape
 from load.watch import Watch
 

@@ -28,6 +28,7 @@ from measures import TOPIC, Cores, MeasureError, Rig, one_by_one, rigged  # noqa
 from publisher import DATA_BYTES, PublishError, mark  # noqa: E402
 from servers import Pushsvc, ServerError  # noqa: E402
 
+from ops.bench.terminal import Progress  # noqa: E402
 from ops.plan.calibration import Calibration, Costs  # noqa: E402
 from ops.plan.errors import PlanError  # noqa: E402
 from ops.plan.machine import this_machine  # noqa: E402
@@ -42,7 +43,6 @@ SETTLE_SECONDS = 0.3
 ARRIVE_SECONDS = 30.0
 ROUNDS = 5
 LEAST_STREAMS = 100
-Progress = Callable[[str, float, bool], None]  # text, the part of the whole that is done, whether it is only renewed
 STARTS = 3
 
 
@@ -98,8 +98,8 @@ def calibrate(sample: Sample, progress: Progress) -> Calibration:
 
 def _told(progress: Progress, start: int, text: str) -> Callable[[str], None]:
     """Tell that a start begins; what tells how it goes on."""
-    progress(text, start / STARTS, False)
-    return lambda more: progress(f"{text}: {more}", start / STARTS, True)
+    progress.show(text, start, STARTS)
+    return lambda more: progress.hint(f"{text}: {more}", start, STARTS)
 
 
 def _shared(sample: Sample, tell: Callable[[str], None]) -> tuple[Opened, dict[str, float]]:

@@ -20,7 +20,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
 
-from ops.bench.terminal import say
+from ops.bench.terminal import Progress
 from ops.plan import calibration, sheet
 from ops.plan.calibration import Calibration
 from ops.plan.errors import PlanError
@@ -71,10 +71,8 @@ def _calibration(options: argparse.Namespace) -> Calibration:
         return calibration.load(path)
     from ops.plan.calibrate import Sample, calibrate  # the bench's clients: a plan from a file does without
 
-    try:
-        found = calibrate(Sample(options.sample), say)
-    finally:
-        say("")
+    with Progress() as progress:
+        found = calibrate(Sample(options.sample), progress)
     calibration.save(found, path)
     print(f"took {found.seconds:.0f} s, kept in {path}", file=sys.stderr)
     return found
