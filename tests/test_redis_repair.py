@@ -3,6 +3,7 @@
 import contextlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import gevent
@@ -382,3 +383,141 @@ def test_a_wait_for_replicas_keeps_no_stream_from_opening(server: Redis, opened:
     assert not putting.ready()
     with pytest.raises(BrokerUnavailable, match="0 of 1 replicas"):
         putting.get(timeout=TIMEOUT)
+
+
+# --- what others publish
+
+
+def test_repair_asks_for_no_names_of_others_and_hands_over_a_page_at_a_time(
+        server: Redis, opened: Open, client: Any, publisher: Publisher) -> None:
+    """Redis has the newest sequence of all topics of all workers: a break must not bring them to each."""
+    many = [f"own-{number}" for number in range(2000)]
+    side, sizes = opened(server), list[int]()
+    side.broker.watch(many)
+    put(side, "first")
+    side.heard(1)
+    reader = reader_of(side)
+    deliver = reader._deliver
+    with away(side, server):
+        publisher.publish_batch({"topic": topic, "data": "x" * 2000} for topic in many[:500])
+        for start in range(0, 40_000, 10_000):
+            publisher.publish_batch({"topic": f"{'others' * 30}-{start + number}", "data": "x", "keep": "none"}
+                                    for number in range(10_000))
+        for start in range(500, 2000, 500):
+            publisher.publish_batch({"topic": topic, "data": "x" * 2000} for topic in many[start : start + 500])
+        reader._deliver = lambda events: (sizes.append(sum(len(event.data) for event in events)), deliver(events))
+        before = client.info("stats")["total_net_output_bytes"]
+    eventually(lambda: reader._live and reader.last == side.broker.head().seq, TIMEOUT)
+    sent = client.info("stats")["total_net_output_bytes"] - before
+    assert sum(sizes) == 2000 * 2000
+    assert max(sizes) <= redis_reader.PAGE_BYTES + 2000
+    assert sent < 2 * sum(sizes) + 1_000_000, "a page may be read twice; the names of the others have 7.6 MB"
+
+
+# --- retention
+
+
+def test_new_topics_leave_as_fast_as_they_come(server: Redis, opened: Open, client: Any, publisher: Publisher) -> None:
+    opened(server, history_seconds=1)
+    most = 0
+    for number in range(4):
+        publisher.publish_batch({"topic": f"{number}-{topic}", "data": "x"} for topic in range(500))
+        most = max(most, client.zcard("pushsvc:last"))
+        gevent.sleep(1.1)
+    publisher.publish_batch({"topic": f"last-{topic}", "data": "x"} for topic in range(500))
+    assert client.zcard("pushsvc:last") <= 1000
+    assert most <= 1000
+    assert sum(1 for _ in client.scan_iter("pushsvc:t:*")) == client.zcard("pushsvc:last")
+
+
+def test_one_script_takes_away_so_much_and_the_next_ones_the_rest(server: Redis, opened: Open, client: Any) -> None:
+    side = opened(server, history_seconds=1)
+    for _ in range(3):
+        side.broker.append([Draft((topic,), "x") for topic in "abcd" for _ in range(2000)])
+    gevent.sleep(1.1)
+    assert not side.history("a", "b", "c", "d"), "what is too old is in no page"
+    left = sum(client.xlen(f"pushsvc:t:{topic}") for topic in "abcd")
+    assert 3000 <= left <= 5000, "20,000 of 24,000 have left"
+    for topic in "abcd":
+        assert side.missing(topic)
+    assert not side.history("a", "b", "c", "d")
+    assert not sum(client.xlen(f"pushsvc:t:{topic}") for topic in "abcd")
+
+
+def test_clock_that_goes_back_keeps_nothing_beyond_its_age(server: Redis, opened: Open, client: Any) -> None:
+    side = opened(server, history_seconds=1)
+    put(side, "of the hour that was ahead")
+    ahead = int(client.time()[0]) * 1000 + 3_600_000
+    client.hset("pushsvc:log", mapping={"at": ahead, "check": ahead, "due": ahead})
+    client.rpush("pushsvc:ages", f"1 {ahead}")
+
+    def is_rid_of_it() -> bool:
+        put(side, "x")
+        return "of the hour that was ahead" not in [event.data for event in side.history("a")]
+
+    eventually(is_rid_of_it, TIMEOUT, interval=0.2)
+
+
+def test_who_connects_again_does_not_set_the_retention_back(server: Redis, opened: Open, client: Any) -> None:
+    older = opened(server, history_events=500)
+    assert client.hget("pushsvc:log", "events") == "500"
+    opened(server, history_events=100)
+    eventually(lambda: client.hget("pushsvc:log", "events") == "100")
+    connect_anew(older, server)
+    eventually(lambda: put(older, "x"))
+    eventually(lambda: reader_of(older)._live)
+    assert client.hget("pushsvc:log", "events") == "100"
+    client.flushall()
+    connect_anew(older, server)
+    eventually(lambda: put(older, "x"), TIMEOUT)
+    assert client.hget("pushsvc:log", "events") in ("500", "100"), "a log that has none is given one"
+
+
+# --- a master that was not one for a while
+
+
+def test_master_that_followed_another_for_a_while_begins_an_epoch(tmp_path: Path, server: Redis, opened: Open) -> None:
+    """Its run id is the same, but what it had taken last may be gone: the number after it would be given twice."""
+    with Redis(tmp_path / "other") as other, contextlib.closing(server.client()) as here, \
+            contextlib.closing(other.client()) as there:
+        side = opened(server)
+        put(side, "kept")
+        follow(there, server)
+        there.replicaof("NO", "ONE")
+        lost = put(side, "lost")
+        follow(here, other)
+        here.replicaof("NO", "ONE")
+        with Publisher(server.url) as publisher:
+            new = publisher.publish("a", "new")
+        assert new.partition("-")[0] > lost.epoch
+        assert seq_of(new) > lost.seq
+        eventually(lambda: "new" in data(side), TIMEOUT)
+        assert [since.seq for since, _ in side.gaps] == [lost.seq]
+
+
+def test_message_with_a_number_that_was_given_before_is_seen(tmp_path: Path, server: Redis, opened: Open) -> None:
+    """The same, and the connections of the one that publishes stay."""
+    with Redis(tmp_path / "other") as other, contextlib.closing(server.client()) as here, \
+            contextlib.closing(other.client()) as there:
+        side = opened(server)
+        put(side, "kept")
+        follow(there, server)
+        there.replicaof("NO", "ONE")
+        side.heard(1)
+        lost = put(side, "lost")
+        side.heard(2)
+        follow(here, other)
+        here.replicaof("NO", "ONE")
+        eventually(lambda: put(side, "given twice"), TIMEOUT)
+        eventually(lambda: side.gaps, TIMEOUT)
+        assert side.gaps[0][0].seq == lost.seq
+        put(side, "end")
+        eventually(lambda: data(side)[-1] == "end", TIMEOUT)
+
+
+def follow(client: Any, master: Redis) -> None:
+    client.config_set("repl-diskless-sync-delay", 0)
+    with contextlib.closing(master.client()) as its:
+        its.config_set("repl-diskless-sync-delay", 0)
+    client.replicaof(master.host, master.port)
+    eventually(lambda: client.info("replication")["master_link_status"] == "up", TIMEOUT)

@@ -24,8 +24,8 @@
 local P = KEYS[1]
 local LOG, AGES, LAST, LOST = P .. 'log', P .. 'ages', P .. 'last', P .. 'lost'
 local MARKS = 100000
-local SWEEP = 4 -- topics that a publish takes away
-local SWEEP_FULL = 64 -- and one that a full Redis refuses
+local SWEEP, SWEEP_FULL = 4, 64 -- idle topics that a publish takes away at least, and one that a full Redis refuses
+local budget = 20000 -- entries and topics that one script takes away for their age: Redis serves nobody meanwhile
 
 local function text(number)
   return string.format('%.0f', number)
@@ -121,16 +121,17 @@ local function trim(log, topic, entries)
   mark_lost(log, topic, last)
 end
 
+-- Whether nothing that is too old is left.
 local function trim_old(log, topic)
-  if log.cut == 0 then
-    return
-  end
-  local history = P .. 't:' .. topic
-  local entries = redis.call('XRANGE', history, '-', text(log.cut), 'COUNT', 200)
-  while #entries > 0 do
+  while log.cut > 0 and budget > 0 do
+    local entries = redis.call('XRANGE', P .. 't:' .. topic, '-', text(log.cut), 'COUNT', 200)
+    if #entries == 0 then
+      return true
+    end
     trim(log, topic, entries)
-    entries = redis.call('XRANGE', history, '-', text(log.cut), 'COUNT', 200)
+    budget = budget - #entries
   end
+  return log.cut == 0
 end
 
 local function trim_many(log, topic, length)
@@ -146,12 +147,12 @@ local function sweep(log, most)
   if log.swept >= log.cut then
     return
   end
-  local idle = redis.call('ZRANGE', LAST, 0, most - 1, 'WITHSCORES')
+  local idle = redis.call('ZRANGE', LAST, 0, math.min(most, math.max(budget, 1)) - 1, 'WITHSCORES')
   for place = 1, #idle, 2 do
-    if tonumber(idle[place + 1]) > log.cut then
+    if tonumber(idle[place + 1]) > log.cut or not trim_old(log, idle[place]) then
       break
     end
-    trim_old(log, idle[place])
+    budget = budget - 1
     redis.call('DEL', P .. 't:' .. idle[place], P .. 'k:' .. idle[place])
     redis.call('ZREM', LAST, idle[place])
   end

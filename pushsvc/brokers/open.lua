@@ -2,17 +2,20 @@
 -- An epoch ends with the life of the server that it began in: a server that was restarted, or that became master, may
 -- have lost the newest events, and their numbers must not be given again. One whose sequence has gone back within one
 -- life, as a master does that follows another for a while, has lost them too.
--- ARGV: the server's run id; the epoch and the newest sequence that the caller knows of, or empty; what retention and
--- idempotency ask: events, age, window, or nothing to leave them. Returns EPOCH, SEQ, the
--- sequence that the epoch began after, which no event has, and the earlier epochs.
+-- ARGV: the server's life: its run id, and where it was made a master meanwhile ':' and its replication id; the epoch and
+-- the newest sequence that the caller knows of, or empty; 1 if what follows is to hold from now on, 0 if only in a log
+-- that has none; what retention and idempotency ask: events, age, window, or nothing to leave them. Returns EPOCH, SEQ,
+-- the sequence that the epoch began after, which no event has, and the earlier epochs.
 
-local run, known, newest = ARGV[1], ARGV[2], tonumber(ARGV[3]) or 0
+local run, known, newest, is_new = ARGV[1], ARGV[2], tonumber(ARGV[3]) or 0, ARGV[4] == '1'
 local STRIDE = 1000000 -- more events than can be lost with the end of an epoch
 local DEFAULTS = {events = 10000, age = 86400000, window = 86400}
 
 local state = redis.call('HMGET', LOG, 'epoch', 'seq', 'run', 'start')
 local epoch, seq, start = state[1], tonumber(state[2] or 0), tonumber(state[4] or 0)
-if state[3] ~= run or (known == epoch and newest > seq) then
+-- A master that has had no replica for long forgets that it was made one: it is the same life then.
+local lives_on = state[3] == run or string.sub(state[3] or '', 1, #run + 1) == run .. ':'
+if not lives_on or (known == epoch and newest > seq) then
   local began = clock()
   if epoch then
     write('HSET', P .. 'past', epoch, text(seq))
@@ -33,7 +36,7 @@ if known ~= '' and known ~= epoch and newest < start then
 end
 for place, name in ipairs({'events', 'age', 'window'}) do
   local set = redis.call('HGET', LOG, name)
-  local wanted = ARGV[3 + place] or set or tostring(DEFAULTS[name])
+  local wanted = (is_new or not set) and ARGV[4 + place] or set or tostring(DEFAULTS[name])
   if wanted ~= set then
     write('HSET', LOG, name, wanted)
     if name == 'age' then

@@ -19,9 +19,9 @@ if idempotency ~= '' then
 end
 
 local now = clock()
-local first, count, at = log.seq + 1, 0, 3
+local first, count, many, at = log.seq + 1, 0, 0, 3
 while ARGV[at] do
-  count = count + 1
+  count, many = count + 1, many + tonumber(ARGV[at])
   at = at + tonumber(ARGV[at]) + 4
 end
 
@@ -57,7 +57,12 @@ if idempotency ~= '' then
   redis.call('SET', P .. 'i:' .. idempotency, log.epoch .. ' ' .. text(first) .. ' ' .. count, 'EX', log.window)
 end
 advance(log, now)
-if log.check + log.age / 1000 <= now or log.check > now then -- or the clock has gone back
+local gone_back = log.check > now + log.age / 1000
+if gone_back then -- the clock: what the one before it says would stay for as long as it was ahead
+  redis.call('DEL', AGES)
+  log.at, log.due = now, 0
+end
+if log.check + log.age / 1000 <= now or gone_back then
   if log.seq > log.cut then
     redis.call('RPUSH', AGES, text(log.seq) .. ' ' .. text(log.at))
     if log.due == 0 then
@@ -120,5 +125,5 @@ for number = 0, count - 1 do
   append(text(first + number), topics, ARGV[at + many + 1], ARGV[at + many + 2], ARGV[at + many + 3])
   at = at + many + 4
 end
-sweep(log, SWEEP)
+sweep(log, math.max(SWEEP, 2 * many)) -- more than can come
 return log.epoch .. ' ' .. text(first) .. ' ' .. count

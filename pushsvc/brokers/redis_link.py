@@ -22,6 +22,7 @@ from pushsvc.brokers.redis_address import Address, connection_of, parse_url
 SCRIPTS = ("publish", "history", "open", "burn")
 _RUN_ID = re.compile(r"^run_id:(\w+)", re.M)
 _ROLE = re.compile(r"^role:(\w+)", re.M)
+_REPLICATION_IDS = re.compile(r"^master_replid2?:(\w+)", re.M)
 Arguments = Sequence[str | int | bytes]
 
 
@@ -60,6 +61,7 @@ class Link:
         self.past: frozenset[str] = frozenset()
         self._seconds = seconds
         self._limits = limits
+        self._told = False  # a later connection would set them back after another worker has set them anew
         self._scripts = Scripts()
         self._connection: Any = None
 
@@ -83,10 +85,12 @@ class Link:
                 raise Refused("it is not a master", leave=True)
             for name, text in self._scripts.texts.items():
                 self._scripts.digests[name] = self.call("SCRIPT", "LOAD", text).decode()
-            reply = self.call(*self.script("open", run[1], epoch, newest, *self._limits))
+            life = run[1] + _made_master(info)
+            reply = self.call(*self.script("open", life, epoch, newest, int(not self._told), *self._limits))
         except BaseException:
             self.close()
             raise
+        self._told = True
         self.epoch, self.start = reply[0].decode(), int(reply[2])
         self.past = frozenset(each.decode() for each in reply[3])
         return int(reply[1])
@@ -230,3 +234,10 @@ class Link:
             raise Refused(str(error)) from error
         finally:
             connection.disconnect()
+
+
+def _made_master(info: str) -> str:
+    """":" and the replication id of a server that was a replica in this life, "" for another. It keeps its run id when it
+    is made one and a master again, and may have lost what it had taken before."""
+    now, before = _REPLICATION_IDS.findall(info)
+    return f":{now}" if before.strip("0") else ""

@@ -7,6 +7,7 @@ on with what has come meanwhile. What is lost for good it tells, by a reset with
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections import OrderedDict, deque
@@ -20,7 +21,7 @@ from pushsvc.brokers.redis_codec import Message, event_of, events_of, message_of
 from pushsvc.brokers.redis_line import HISTORY, Line
 from pushsvc.brokers.redis_link import Arguments, Link
 from pushsvc.brokers.trouble import Trouble
-from pushsvc.event import KEEP_LATEST, Event
+from pushsvc.event import KEEP_LATEST, Event, size_of
 from pushsvc.position import Position
 
 READER = "reader"  # the part, as the service's log names it
@@ -284,9 +285,9 @@ class Reader:
                 self._note_missing(int(reply[1]))
                 events = list(events_of(reply[3:]))
                 found |= {event.seq: event for event in events}
-                if reply[2]:
-                    upto = events[-1].seq
-            ready = [found[seq] for seq in sorted(found) if seq <= upto]
+                upto = int(min(_filled(found), events[-1].seq if reply[2] else upto))
+                found = {seq: event for seq, event in found.items() if seq <= upto}
+            ready = [found[seq] for seq in sorted(found)]
             if ready:
                 self._deliver(ready)
             self.last = upto
@@ -313,11 +314,20 @@ class Reader:
         return int(self._line.command("HGET", f"{self._line.link.prefix}log", "floor") or 0)
 
     def _since_last(self, key: str) -> dict[str, int]:
-        """The watched topics among those of a sorted set, with what they have there after the last event."""
-        reply = self._line.command("ZRANGE", f"{self._line.link.prefix}{key}", f"({self.last}", "+inf", "BYSCORE",
-                                   "WITHSCORES")
-        found = {reply[place].decode(): int(float(reply[place + 1])) for place in range(0, len(reply), 2)}
-        return {topic: seq for topic, seq in found.items() if topic in self._topics}
+        """The watched topics among those of a sorted set, with what they have there after the last event. Asks for the
+        names of others only if they are few: Redis has those of all workers. Switches."""
+        place, topics = f"{self._line.link.prefix}{key}", list(self._topics)
+        if int(self._line.command("ZCOUNT", place, f"({self.last}", "+inf")) <= max(len(topics), MOST_TOGETHER):
+            reply = self._line.command("ZRANGE", place, f"({self.last}", "+inf", "BYSCORE", "WITHSCORES")
+            pairs = [(reply[at].decode(), reply[at + 1]) for at in range(0, len(reply), 2)]
+            return {topic: int(float(score)) for topic, score in pairs if topic in self._topics}
+        found: dict[str, int] = {}
+        for start in range(0, len(topics), MOST_TOGETHER):
+            page = topics[start : start + MOST_TOGETHER]
+            for topic, score in zip(page, self._line.command("ZMSCORE", place, *page), strict=True):
+                if score is not None and int(float(score)) > self.last:
+                    found[topic] = int(float(score))
+        return found
 
     # -- live
 
@@ -382,6 +392,8 @@ class Reader:
         epoch, seq, previous, event, keep = message
         if epoch != self.epoch:
             raise ConnectionError("the log has begun a new epoch")
+        if self._live and (seq < self.last or seq == known):
+            raise ConnectionError(f"the log has gone back to {seq}")
         if seq <= known:
             return
         if known != UNKNOWN and previous not in (known, 0):
@@ -406,3 +418,13 @@ class Reader:
         """The newest sequence that retention has taken from a topic's history, so far as is known. Switches."""
         mark = self._line.command("ZSCORE", f"{self._line.link.prefix}lost", topic)
         return self._floor() if mark is None else int(float(mark))
+
+
+def _filled(found: dict[int, Event]) -> float:
+    """The sequence with which the first of these events fill a page; infinity if all of them do not."""
+    size = 0
+    for seq in sorted(found):
+        size += size_of(found[seq].data)
+        if size > PAGE_BYTES:
+            return seq
+    return math.inf
