@@ -27,13 +27,14 @@ from pushsvc.metrics import Metrics
 from pushsvc.position import Position
 from pushsvc.recorder import Recorder
 from pushsvc.settings import Settings
-from pushsvc.subscription import Group, State, Subscription
+from pushsvc.subscription import Group, Place, State, Subscription
 from pushsvc.wheel import Wheel
 
 SLICE_SECONDS = 0.001  # how long a fan-out runs before it gives way; a publish waits for a few of them
 MOST_INCOMING, MOST_INCOMING_BYTES = 10_000, 16 << 20  # events that wait to be noted; then their broker waits for them
 TURN_STREAMS = 32  # how many streams of a large group between two looks at the clock
-SMALL_GROUP = 64  # groups up to this size go before larger ones
+SMALL_GROUP = 64  # groups up to this size go before larger ones, if an event has gone to no more groups than that
+TURN_SECONDS = 0.0003  # for those that it has gone to with many others, between two looks at the small ones
 TICK_SECONDS = 0.25
 LOOK_STREAMS = 200  # streams between two looks at memory, in a storm: a few MB with what the kernel takes
 DRAIN_PER_SECOND = 500  # a worker with few streams drains faster than the window
@@ -42,6 +43,7 @@ YIELD_SECONDS = 0.00001  # a timer, not sleep(0): the loop polls its sockets in 
 GONE, SLOW, ROTATE, EXPIRED, DRAIN, LOST, UNAVAILABLE = (
     "gone", "slow", "rotate", "expired", "drain", "lost", "unavailable")
 TRIMMED, EPOCH = "trimmed", "epoch"  # why a gap is told
+NOWHERE, SMALL, MANY, LARGE = Place
 logger = logging.getLogger(__name__)
 
 
@@ -84,6 +86,7 @@ class Hub:
         self._incoming: deque[tuple[Wire, Bundle]] = deque()  # handed over, and not noted for its groups yet
         self._incoming_bytes = 0
         self._small: deque[Group] = deque()
+        self._many: deque[Group] = deque()  # some of them may have been served since, as small ones
         self._large: deque[Iterator[int]] = deque()
         self._pending = Signal()
         self._wheel: Wheel[Subscription] = Wheel(TICK_SECONDS, settings.heartbeat_seconds, self.now)
@@ -218,7 +221,7 @@ class Hub:
         wire, root = GapWire(since, position, reason, self.wall()), Bundle()
         for groups in self._groups:
             for group in groups.values():
-                self._note(group, root, wire)
+                self._note(group, root, wire, MANY)
         self._pending.set()
 
     def deliver(self, events: Sequence[Event]) -> None:
@@ -233,7 +236,7 @@ class Hub:
                 self._incoming_bytes += len(event.data)
         while len(self._incoming) > MOST_INCOMING or self._incoming_bytes > MOST_INCOMING_BYTES:
             self._note_next()
-        if self._incoming or self._small or self._large:
+        if self._incoming or self._small or self._many or self._large:
             self._pending.set()
 
     def _note_some(self, until: float) -> None:
@@ -247,66 +250,79 @@ class Hub:
         wire, root = self._incoming.popleft()
         self._incoming_bytes -= len(wire.event.data)
         for topic in wire.event.topics:
-            for group in self._topics.get(topic, ()):
-                self._note(group, root, wire)
+            groups = self._topics.get(topic, ())
+            place = SMALL if len(groups) <= SMALL_GROUP else MANY
+            for group in groups:
+                self._note(group, root, wire, place)
 
-    def _note(self, group: Group, root: Bundle, wire: Wire) -> None:
+    def _note(self, group: Group, root: Bundle, wire: Wire, place: Place) -> None:
         pending = group.pending
         if pending is None:
             group.pending = root.extended(wire)
-            if not group.served:
-                self._queue(group)
+            if group.place is NOWHERE:
+                self._queue(group, place)
         elif pending.wire is not wire:  # not by another of its topics already
             group.pending = pending.extended(wire)
+            if place is SMALL and group.place is MANY:
+                self._queue(group, SMALL)
 
-    def _queue(self, group: Group) -> None:
-        if len(group.members) <= SMALL_GROUP:
-            self._small.append(group)
-        else:
-            group.served = True
+    def _queue(self, group: Group, place: Place) -> None:
+        if len(group.members) > SMALL_GROUP:
+            group.place = LARGE
             self._large.append(self._serve(group))
+        else:
+            group.place = place
+            (self._small if place is SMALL else self._many).append(group)
 
     # -- the fan-out
 
     def _fan_out(self) -> None:
-        """Note events for their groups, and serve those that have something pending: small ones first, large ones in
-        turns; and give way to the loop every few milliseconds. Switches."""
+        """Note events for their groups, and serve those that have something pending: small ones first, then, in turns,
+        large ones and those that an event has gone to with many others; and give way to the loop every few milliseconds.
+        Switches."""
         while True:
             self._pending.wait()
             self._pending.clear()
             until = self.clock() + SLICE_SECONDS
-            while self._incoming or self._small or self._large:
+            while self._incoming or self._small or self._many or self._large:
                 if self._incoming:
                     self._note_some(until)
                 if self._small:
-                    self._serve_small(until)
+                    self._serve_next(self._small, until)
+                if self._many:
+                    self._serve_next(self._many, self.clock() + TURN_SECONDS)
                 if self._large:
                     self._serve_a_turn()
                 if self.clock() > until:
                     gevent.sleep(YIELD_SECONDS)
                     until = self.clock() + SLICE_SECONDS
 
-    def _serve_small(self, until: float) -> None:
-        """Serve small groups, one at least, until there are none or the slice ends. Atomic: no switch."""
-        oldest, served = self.wall(), False
-        while self._small and not (served and self.clock() >= until):
+    def _serve_next(self, queue: deque[Group], until: float) -> None:
+        """Serve groups that are not large, one at least, until there are none or the time is over. Atomic: no switch."""
+        place, oldest, served = SMALL if queue is self._small else MANY, self.wall(), False
+        while queue and not (served and self.clock() >= until):
             served = True
-            group = self._small.popleft()
-            bundle, group.pending = group.pending, None
+            group = queue.popleft()
+            if group.place is not place:  # it was served elsewhere
+                continue
+            bundle, group.pending, group.place = group.pending, None, NOWHERE
             if bundle is not None:
-                self._offer(self._with_alike(group, bundle), bundle.payload(group.topics, group.envelope))
+                self._offer(self._with_alike(group, bundle, queue), bundle.payload(group.topics, group.envelope))
                 oldest = min(oldest, bundle.first_at)
         self.metrics.sent(self.wall() - oldest)
 
-    def _with_alike(self, group: Group, bundle: Bundle) -> list[Subscription]:
-        """The members of a small group, and of those behind it that are to have the same bytes, some at a time."""
+    def _with_alike(self, group: Group, bundle: Bundle, queue: deque[Group]) -> list[Subscription]:
+        """The members of a group, and of those behind it that are to have the same bytes, some at a time."""
         members = list(group.members)
-        while self._small and not group.envelope and len(members) < TURN_STREAMS:
-            other = self._small[0]
-            if other.pending is not bundle or other.envelope:
-                break
-            other.pending = None
-            members += self._small.popleft().members
+        place = SMALL if queue is self._small else MANY
+        while queue and not group.envelope and len(members) < TURN_STREAMS:
+            other = queue[0]
+            if other.place is place:
+                if other.pending is not bundle or other.envelope:
+                    break
+                other.pending, other.place = None, NOWHERE
+                members += other.members
+            queue.popleft()
         return members
 
     def _serve_a_turn(self) -> None:
@@ -319,7 +335,7 @@ class Hub:
         """Offer what is pending for a large group to its members, some at each step."""
         bundle, group.pending = group.pending, None
         if bundle is None:
-            group.served = False
+            group.place = NOWHERE
             return
         payload = bundle.payload(group.topics, group.envelope)
         members = list(group.members)
@@ -328,9 +344,9 @@ class Hub:
                 yield start
             self._offer(members[start : start + TURN_STREAMS], payload)
         self.metrics.sent(self.wall() - bundle.first_at)
-        group.served = False
+        group.place = NOWHERE
         if group.pending is not None:
-            self._queue(group)
+            self._queue(group, SMALL)
 
     def _offer(self, members: list[Subscription], payload: Payload) -> None:
         """Write to the parked, fill the mailboxes of the others. Atomic: no switch."""
@@ -365,7 +381,7 @@ class Hub:
         elif self._rotates(subscription) <= self.now:
             self.close(subscription, ROTATE, self.comeback_ms())
         else:
-            if self.now - subscription.sent >= self.settings.heartbeat_seconds - TICK_SECONDS:
+            if self.now - subscription.sent >= self._silence(subscription) - TICK_SECONDS:
                 subscription.sent = self.now
                 if subscription.fd >= 0 and self.lot is not None:
                     self.lot.beat(subscription)
@@ -374,15 +390,20 @@ class Hub:
             self._wheel.add(subscription, self._due(subscription))
 
     def _due(self, subscription: Subscription) -> float:
-        due = subscription.sent + self.settings.heartbeat_seconds
+        due = subscription.sent + self._silence(subscription)
         if subscription.expires:
             due = min(due, self.now + max(0.0, subscription.expires - self.wall()))
         return min(due, self._rotates(subscription))
 
+    def _silence(self, subscription: Subscription) -> float:
+        """How long nothing may be sent to a stream: up to a quarter less than the interval, for an event that went to
+        all would else bring all heartbeats after it in one moment."""
+        return self.settings.heartbeat_seconds * (1 - _part(subscription) / 4)
+
     def _rotates(self, subscription: Subscription) -> float:
-        """When its age ends a stream: spread by a tenth either way, by where it lies in memory."""
+        """When its age ends a stream: spread by a tenth either way."""
         age = self.settings.rotate_seconds
-        return subscription.since + age * (0.9 + 0.2 * (id(subscription) // 16 % 1021) / 1021) if age else inf
+        return subscription.since + age * (0.9 + 0.2 * _part(subscription)) if age else inf
 
     def _measure(self) -> None:
         """Once a second: how late the loop is, and the figures for the metrics. Switches."""
@@ -403,7 +424,7 @@ class Hub:
     def flush(self) -> None:
         """Give the present figures to the metrics. Atomic: no switch."""
         depths = self._broker.depths() if self._broker else {}
-        queues = {"fan_out": len(self._incoming) + len(self._small) + len(self._large), **depths,
+        queues = {"fan_out": len(self._incoming) + len(self._small) + len(self._many) + len(self._large), **depths,
                   "behind": self.lot.behind if self.lot is not None else 0}
         self.metrics.gauge(len(self._subscriptions), self._naming, len(self._topics), queues)
         self.metrics.flush()
@@ -438,3 +459,8 @@ class Hub:
 
     def comeback_ms(self) -> int:
         return random.randint(1, self.settings.comeback_ms)
+
+
+def _part(subscription: Subscription) -> float:
+    """A number from 0 to 1 that a stream keeps, by where it lies in memory."""
+    return (id(subscription) // 16 % 1021) / 1021

@@ -16,9 +16,11 @@ from _socket import socket as RawSocket  # for a moment only: it wraps a descrip
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import Context
 from dataclasses import dataclass
 from posix import close as close_descriptor  # gevent's os.close is dear, and waits for the loop's next pass
 from typing import Any
+from weakref import getweakrefs
 
 import gevent
 from gevent import socket, ssl
@@ -156,8 +158,9 @@ class Listener(StreamServer):  # type: ignore[misc]
     """A listening socket with at most `most` connections that are served now; more wait in the kernel's queue.
 
     `serve(raw, address)` runs in a raw greenlet, which then takes the next connection that is there: to make a greenlet
-    for each (it maps memory for its frames) costs a sixth of a connect. While one has to wait, another goes on. A
-    connection that finds no descriptor is not accepted in a spin: it waits for one.
+    for each (it maps memory for its frames) costs a sixth of a connect. While one has to wait, another goes on. Each
+    connection has a context of its own, and a greenlet that has got thread-local values ends with its connection: no
+    client sees what is another's. A connection that finds no descriptor is not accepted in a spin: it waits for one.
     """
 
     max_accept = ACCEPTS
@@ -206,7 +209,9 @@ class Listener(StreamServer):  # type: ignore[misc]
             while self._waiting and not self._resting:
                 raw, address = self._waiting.popleft()
                 self._start_serving()  # the next ones, if this one has to wait
-                self._serve(raw, address)
+                Context().run(self._serve, raw, address)
+                if _has_thread_locals(gevent.getcurrent()):
+                    return
                 if time.monotonic() > until:
                     self._rest()
                     until = time.monotonic() + TURN_SECONDS
@@ -244,3 +249,8 @@ class Listener(StreamServer):  # type: ignore[misc]
             if not waiting:
                 return
             self.do_handle(*waiting)
+
+
+def _has_thread_locals(greenlet: Any) -> bool:
+    """gevent's thread-local objects hold a weak reference with a callback to each greenlet that has values of them."""
+    return any(reference.__callback__ is not None for reference in getweakrefs(greenlet))

@@ -19,21 +19,30 @@ class State(enum.IntEnum):
     CLOSED = 4
 
 
+class Place(enum.IntEnum):
+    """Where a group waits for the fan-out."""
+
+    NOWHERE = 0  # nothing is pending
+    SMALL = 1  # before all others
+    MANY = 2  # with all those that an event has gone to at once
+    LARGE = 3  # alone, and up to the end of its turns: what comes meanwhile waits for the next
+
+
 class Group:
     """All subscriptions of the same topics in the same wire form: what is pending for one is pending for all.
 
     topics: as asked, without repetition. envelope: the wire form. members: the subscriptions. pending: what the next
-    fan-out brings them. served: a fan-out is under way; what comes meanwhile waits for the next.
+    fan-out brings them.
     """
 
-    __slots__ = ("topics", "envelope", "members", "pending", "served")
+    __slots__ = ("topics", "envelope", "members", "pending", "place")
 
     def __init__(self, topics: tuple[str, ...], envelope: bool) -> None:
         self.topics = topics
         self.envelope = envelope
         self.members: Crowd[Subscription] = ()
         self.pending: Bundle | None = None
-        self.served = False
+        self.place = Place.NOWHERE
 
 
 class Subscription:

@@ -180,25 +180,34 @@ class PushWorker(GeventWorker):  # type: ignore[misc]
             self.alive = alive = False
         if not alive:
             response.force_close()
-        body = self.application(environ, response.start_response)
-        if type(body) is self._stream and response.chunked:
-            body.subscription.abort = raw.abort
-            with suppress(OSError):
-                self.lot.run(body, response, raw)
-            return
-        if type(body) is self._stream:
-            body = self.lot.lend(body)
-        client = Client(endpoint, raw)
-        response.sock = client
+        body: Any = ()
+        client: Client | None = None
         try:
+            body = self.application(environ, response.start_response)
+            if type(body) is self._stream and response.chunked:
+                body.subscription.abort = raw.abort
+                self.lot.run(body, response, raw)
+                return
+            if type(body) is self._stream:
+                body = self.lot.lend(body)
+            client = response.sock = Client(endpoint, raw)
             for part in body:
                 response.write(part)
             response.close()
         except OSError:
             response.force_close()
+        except Exception:  # as gunicorn does
+            self.log.exception("Error handling request GET %s", environ["RAW_URI"])
+            response.force_close()
+            if not response.headers_sent:
+                client = client or Client(endpoint, raw)
+                with suppress(OSError):
+                    util.write_error(client, 500, "Internal Server Error", "")
         finally:
             if hasattr(body, "close"):
                 body.close()
+        if client is None:
+            return
         if response.should_close():
             client.close()
         else:

@@ -7,6 +7,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import gevent
@@ -134,7 +135,7 @@ class Bench:
 
     def is_idle(self) -> bool:
         """Whether the fan-out has served all."""
-        return not self.hub._incoming and not self.hub._small and not self.hub._large
+        return not (self.hub._incoming or self.hub._small or self.hub._many or self.hub._large)
 
     def settle(self) -> None:
         eventually(self.is_idle, 60, message="the fan-out comes to its end")
@@ -267,7 +268,7 @@ def test_a_stream_that_replays_is_not_too_slow_but_reads_history_again(bench: Ca
 
 
 def test_burst_larger_than_its_mailbox_closes_no_stream_that_had_taken_all(bench: Callable[..., Bench]) -> None:
-    here = bench(mailbox_events=5)
+    here = bench(Clock(1000.0), mailbox_events=5)  # that stands still: the burst is noted in one slice
     quick = here.stream("a")
     here.broker.deliver([here.broker.event("a") for _ in range(12)])
     here.settle()
@@ -331,6 +332,25 @@ def test_a_broadcast_keeps_neither_small_groups_nor_timers_waiting(bench: Callab
     assert count == {"large": LARGE, "small": 3, "greenlet": 1, "timer": 1}
     for name in ("small", "greenlet", "timer"):
         assert here.notes.index(name) < LARGE / 10, f"{name} waits for the broadcast"
+
+
+def test_a_broadcast_to_streams_with_a_topic_of_their_own_keeps_no_other_waiting(bench: Callable[..., Bench]) -> None:
+    """Each of them is a small group. One that gets an event of its own has both, in order, and does not wait either."""
+    here = bench(Clock(0.0, STEP))
+    owners = [here.noted("own", "all", f"user-{number}") for number in range(LARGE)]
+    here.crowd("small", 3, "few")
+    here.broker.say("all")
+    eventually(lambda: here.notes, interval=0)
+    here.broker.say("few")
+    here.broker.say(f"user-{LARGE - 1}")
+    last = owners[-1]
+    eventually(lambda: len(last.seqs) == 2, interval=0)
+    assert len(here.notes) < LARGE / 2
+    here.settle()
+    assert Counter(here.notes) == {"own": LARGE, "small": 3}, "both events of the last one went together"
+    assert here.notes.index("small") < LARGE / 10
+    assert last.seqs == [1, 3]
+    assert all(owner.seqs == [1] for owner in owners[:-1])
 
 
 def test_many_small_groups_keep_no_timer_waiting_either(bench: Callable[..., Bench]) -> None:
@@ -554,6 +574,25 @@ def test_only_streams_that_were_silent_get_a_heartbeat(bench: Callable[..., Benc
     clock.now += 4.5
     ticked(here, clock)
     assert silent.mailbox.nudged
+
+
+def test_heartbeats_after_an_event_to_all_are_spread(bench: Callable[..., Bench]) -> None:
+    clock = Clock(1000.0)
+    here = bench(clock, heartbeat_seconds=100.0)
+    streams = [here.stream("a") for _ in range(500)]
+    clock.now += 50.0
+    ticked(here, clock)
+    here.broker.say("a")
+    here.settle()
+    assert all(stream.take_waiting(here.hub.now) for stream in streams)
+    beaten = []
+    for seconds in (74.0, 6.5, 6.5, 6.5, 7.0):  # of silence: up to three quarters of the interval, then the last one
+        clock.now += seconds
+        ticked(here, clock)
+        beaten.append(sum(stream.mailbox.nudged for stream in streams if stream.mailbox is not None))
+    assert beaten[0] == 0
+    assert beaten[-1] == 500, "none is silent for longer than the interval"
+    assert all(later - earlier < 250 for earlier, later in pairwise(beaten)), beaten
 
 
 def test_streams_end_at_their_age_spread_by_a_tenth_either_way(bench: Callable[..., Bench]) -> None:

@@ -1,6 +1,8 @@
 """Listening sockets and connections that are closed so that no client is reset that has asked for something."""
 
+import contextvars
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -275,3 +277,25 @@ def is_closed_without_a_reset(server: Server) -> bool:
         kept.sendall(REQUEST)
         gevent.sleep(0.1)
         return not kept.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+
+
+# --- What is a client's own ------------------------------------------------------------------------------
+
+
+def test_no_connection_sees_the_context_or_the_thread_locals_of_another() -> None:
+    """Not even where they share a greenlet."""
+    variable: contextvars.ContextVar[bytes] = contextvars.ContextVar("variable", default=b"")
+    local = threading.local()
+    seen: list[tuple[bytes, bytes]] = []
+
+    def serve(name: bytes) -> None:
+        has_locals = int(name) % 2  # to look is to have them
+        seen.append((variable.get(), getattr(local, "name", b"") if has_locals else b""))
+        variable.set(name)
+        if has_locals:
+            local.name = name
+
+    served = Served(serve)
+    assert served.answers(20) == NAMES
+    assert seen == [(b"", b"")] * 20
+    assert len(set(served.by.values())) < 20, "and some have shared one"

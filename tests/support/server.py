@@ -61,8 +61,10 @@ class Server:
         args: Sequence[str] = (),
         host: str = "127.0.0.1",
         prefix: Sequence[str] = (),
+        application: str = "wsgi:app",
     ) -> None:
         self.directory = directory.absolute()
+        self._application = application
         self.workers = workers
         self.host = host
         self.port = port or free_port()
@@ -106,7 +108,8 @@ class Server:
         self.directory.mkdir(parents=True, exist_ok=True)
         with self._log_path.open("ab") as log:
             self._master = subprocess.Popen(
-                [*self._prefix, sys.executable, "-m", "gunicorn", "-c", "gunicorn.conf.py", *self._args, "wsgi:app"],
+                [*self._prefix, sys.executable, "-m", "gunicorn", "-c", "gunicorn.conf.py", *self._args,
+                 self._application],
                 cwd=ROOT,
                 env=self._environment(),
                 stdin=subprocess.DEVNULL,
