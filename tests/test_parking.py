@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from pushsvc.worker import UNSENT_BYTES
 from tests.support.brokers import BROKERS
 from tests.support.client import Connection, Stream, publish, publish_lines, request
 from tests.support.server import Server, free_port
@@ -207,6 +208,18 @@ def test_a_reader_that_is_stopped_and_goes_on_in_time_misses_nothing(server, tmp
         finally:
             os.kill(reader.pid, signal.SIGCONT)
             reader.kill()
+
+
+def test_reader_that_is_frozen_costs_little_in_the_kernel(server):
+    """It has a default buffer of its own, which is full first: what the service's side takes is the rest."""
+    with Stream(server.url, "frozen") as stream:
+        stream.opened()
+        own = stream._socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+        sent = 0
+        while not behind(server):
+            publish(server.url, topic="frozen", data="x" * 10_000)
+            sent += 10_000
+            assert sent < own + 2 * UNSENT_BYTES, "the kernel takes more for a reader that has stopped"
 
 
 def test_a_thousand_frozen_readers_are_closed_as_slow_and_others_still_receive(tmp_path):
