@@ -17,7 +17,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeout
 
-from pushsvc.brokers.redis_address import Address, connection_of, parse_url
+from pushsvc.brokers.redis_address import CONNECT_SECONDS, Address, connection_of, parse_url
 
 SCRIPTS = ("publish", "history", "open", "burn")
 _RUN_ID = re.compile(r"^run_id:(\w+)", re.M)
@@ -63,6 +63,7 @@ class Link:
         self._limits = limits
         self._told = False  # a later connection would set them back after another worker has set them anew
         self._scripts = Scripts()
+        self._sentinels = list(address.sentinels)  # the one that was right last time first
         self._connection: Any = None
 
     def stands(self) -> bool:
@@ -190,14 +191,24 @@ class Link:
             ConnectionError(str(error))
 
     def _connect(self) -> Any:
-        if not self.address.sentinels:
-            return self._connected(parse_url(self.address.url))
-        options = parse_url(self.address.url)
-        options["host"], options["port"] = self._master()
-        return self._connected(options)
+        if not self._sentinels:
+            return self._connected(parse_url(self.address.url), self._seconds)
+        reasons: dict[tuple[str, int], str] = {}
+        for sentinel in self._sentinels:
+            asked = sentinel
+            try:
+                asked = self._ask(sentinel)
+                if asked not in reasons:
+                    connection = self._master(asked)
+                    self._sentinels = [sentinel, *(each for each in self._sentinels if each != sentinel)]
+                    return connection
+            except (OSError, Refused) as error:
+                reasons[asked] = str(error)
+        raise ConnectionError("no Sentinel names a master that can be had: " + "; ".join(
+            f"{host}:{port}: {reason}" for (host, port), reason in reasons.items()))
 
-    def _connected(self, options: dict[str, Any]) -> Any:
-        connection = connection_of(options, self._seconds)
+    def _connected(self, options: dict[str, Any], seconds: float) -> Any:
+        connection = connection_of(options, seconds)
         try:
             connection.connect()
         except RedisTimeout as error:
@@ -208,32 +219,42 @@ class Link:
             raise ConnectionError(str(error)) from error
         return connection
 
-    def _master(self) -> tuple[str, int]:
-        """Who is master, by the first Sentinel that knows."""
-        reasons = []
-        for host, port in self.address.sentinels:
-            try:
-                found = self._ask(host, port)
-            except (OSError, Refused) as error:
-                reasons.append(f"{host}:{port}: {error}")
-                continue
-            if found:
-                return found[0].decode(), int(found[1])
-            reasons.append(f"{host}:{port}: knows no master {self.address.master!r}")
-        raise ConnectionError("no Sentinel names a master: " + "; ".join(reasons))
-
-    def _ask(self, host: str, port: int) -> Any:
-        options: dict[str, Any] = {"host": host, "port": port, **dict(self.address.sentinel_options)}
-        connection = self._connected(options | {"client_name": None})
+    def _ask(self, sentinel: tuple[str, int]) -> tuple[str, int]:
+        """Who is master, by a Sentinel: it may be wrong, if it was cut off."""
+        host, port = sentinel
+        options: dict[str, Any] = {"host": host, "port": port, **dict(self.address.sentinel_options), "client_name": None}
+        connection = self._connected(options, CONNECT_SECONDS)
         try:
-            connection.send_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.address.master)
-            return connection.read_response()
-        except RedisTimeout as error:
-            raise TimeoutError(str(error)) from error
-        except RedisError as error:
-            raise Refused(str(error)) from error
+            found = _answer(connection, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.address.master)
         finally:
             connection.disconnect()
+        if not found:
+            raise Refused(f"knows no master {self.address.master!r}")
+        return found[0].decode(), int(found[1])
+
+    def _master(self, server: tuple[str, int]) -> Any:
+        """A connection to a server that a Sentinel names, if it takes itself for the master too."""
+        host, port = server
+        connection = self._connected(parse_url(self.address.url) | {"host": host, "port": port}, self._seconds)
+        try:
+            role = _ROLE.search(_answer(connection, "INFO", "replication").decode())
+            if role is None or role[1] != "master":
+                raise Refused("it is not a master", leave=True)
+        except BaseException:
+            connection.disconnect()
+            raise
+        return connection
+
+
+def _answer(connection: Any, *command: str) -> Any:
+    """What a connection that is no Link's yet is answered. Raises OSError and Refused. Switches."""
+    try:
+        connection.send_command(*command)
+        return connection.read_response()
+    except RedisTimeout as error:
+        raise TimeoutError(str(error)) from error
+    except RedisError as error:
+        raise Refused(str(error)) from error
 
 
 def _made_master(info: str) -> str:
