@@ -274,6 +274,30 @@ def test_an_answer_that_nobody_has_waited_for_is_not_taken_for_the_next(
     assert entry["b"].endswith("\n2")
 
 
+def test_while_a_server_loads_its_file_it_is_known_that_nothing_was_published(tmp_path: Path, opened: Open) -> None:
+    args = ["--enable-debug-command", "yes", "--loading-process-events-interval-bytes", "1024"]
+    with (Redis(tmp_path / "redis", args=args) as server, contextlib.closing(server.client()) as client,
+          Publisher(server.url) as publisher):
+        side = opened(server)
+        put(side, "1")
+        publisher.publish("a", "2")
+        client.mset({f"other:{number}": "x" * 1000 for number in range(1000)})
+        client.config_set("key-load-delay", 5000)  # us for each key
+        loading = gevent.spawn(client.execute_command, "DEBUG", "RELOAD")
+        with contextlib.closing(server.client()) as other:
+            eventually(lambda: other.info("persistence")["loading"], interval=0.001)
+            for publish in (lambda: put(side, "refused"), lambda: publisher.publish("a", "refused")):
+                with pytest.raises(BrokerUnavailable, match="loading") as caught:
+                    publish()
+                assert "not known" not in str(caught.value)
+            assert other.info("persistence")["loading"]
+            other.config_set("key-load-delay", 0)
+        loading.get(timeout=TIMEOUT)
+        eventually(lambda: put(side, "3"), TIMEOUT)
+        publisher.publish("a", "4")
+        assert [event.data for event in side.history("a")] == ["1", "2", "3", "4"]
+
+
 # --- what it costs is bound
 
 

@@ -13,8 +13,8 @@ from contextlib import suppress
 from importlib.resources import files
 from typing import Any
 
+from redis.exceptions import BusyLoadingError, NoScriptError, ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeout
 
 from pushsvc.brokers.redis_address import CONNECT_SECONDS, Address, connection_of, parse_url
@@ -171,10 +171,12 @@ class Link:
         connection = self._given()
         try:
             return connection.read_response(disconnect_on_error=False)
+        except BusyLoadingError as error:  # for redis-py a broken connection, but it is an answer: nothing was done
+            return Refused(str(error), leave=True)
         except (RedisTimeout, RedisConnectionError, OSError) as error:
             raise self._broken(error) from error
         except ResponseError as error:
-            leave = isinstance(error, ReadOnlyError | NoScriptError) or str(error).startswith(("NOLOG", "LOADING"))
+            leave = isinstance(error, ReadOnlyError | NoScriptError) or str(error).startswith("NOLOG")
             return Refused(str(error), leave)
         except RedisError as error:
             raise self._broken(error) from error
