@@ -23,8 +23,9 @@ def check_names(names: Iterable[str], known: Collection[str], where: str) -> Non
     """Raises BadRequest for the first name that is not known, with the nearest that is."""
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name[:100], known, 1, 0.0)
-            raise BadRequest(f"{where} has no field {name[:100]!r}; the nearest is {near[0]!r}")
+            shown = str(name)[:100]  # in Python a name may be anything
+            near = difflib.get_close_matches(shown, known, 1, 0.0)
+            raise BadRequest(f"{where} has no field {shown!r}; the nearest is {near[0]!r}")
 
 
 def draft_of(fields: Mapping[str, Any]) -> Draft:
@@ -61,7 +62,7 @@ def _topics(fields: Mapping[str, Any]) -> tuple[str, ...]:
     if "topic" in fields:
         return (_text(fields, "topic", ""),)
     topics = fields["topics"]
-    if not isinstance(topics, list) or not all(isinstance(topic, str) for topic in topics):
+    if not isinstance(topics, list | tuple) or not all(isinstance(topic, str) for topic in topics):
         raise BadRequest("topics is a list of strings")
     return tuple(map(_exact, topics))
 

@@ -18,10 +18,12 @@ from pushsvc.brokers.redis_address import parse_address
 from pushsvc.brokers.redis_codec import positions_of, publish_arguments
 from pushsvc.brokers.redis_link import Arguments, Link, Refused
 from pushsvc.draft import check_batch, draft_of
-from pushsvc.errors import BadRequest, BrokerUnavailable
+from pushsvc.errors import BadRequest, BrokerUnavailable, SettingsError
 from pushsvc.event import DEFAULT_TYPE, KEEP_ALL, Draft, check_name
 from pushsvc.position import Position
 from pushsvc.settings import Settings, hide
+
+MOST_SECONDS = 86_400.0
 
 
 class Publisher:
@@ -29,12 +31,16 @@ class Publisher:
     it, and a forked process gets one of its own. Retention is what the service has set. What may be published together
     is what the HTTP API takes by default: 10,000 events and 1 MiB of data.
 
-    prefix: as PUSHSVC_REDIS_PREFIX. replicas: as PUSHSVC_REDIS_REPLICAS. timeout: seconds that an answer may take.
-    Raises SettingsError for a URL that is none of Redis.
+    prefix: as PUSHSVC_REDIS_PREFIX. replicas: as PUSHSVC_REDIS_REPLICAS. timeout: seconds that an answer may take, more
+    than 0 and at most a day. Raises SettingsError for what cannot be meant, and for a URL that is none of Redis.
     """
 
     def __init__(self, url: str, *, prefix: str | None = None, replicas: int = 0, timeout: float = 10.0) -> None:
-        default = Settings()
+        if not (isinstance(timeout, int | float) and 0 < timeout <= MOST_SECONDS):
+            raise SettingsError(f"timeout is more than 0 and at most {MOST_SECONDS:g} s, not {timeout!r}")
+        if not isinstance(replicas, int):
+            raise SettingsError(f"replicas is a whole number, not {replicas!r}")
+        default = Settings(redis_replicas=replicas)
         self._name = hide(url)
         self._replicas = replicas
         self._timeout = timeout
@@ -50,19 +56,24 @@ class Publisher:
                 key: str = "", retry: int | None = None, idempotency_key: str | None = None) -> str:
         """Publish one event; its id. `topic`: one, or several. `data`: text, or a JSON value.
 
-        Raises BadRequest, which changes nothing, and BrokerUnavailable: its text says whether it is known that nothing
-        was published. With an `idempotency_key` it is safe to publish again.
+        Raises BadRequest for arguments that cannot be meant, which changes nothing, and BrokerUnavailable: its text
+        says whether it is known that nothing was published. With an `idempotency_key` it is safe to publish again.
         """
         fields: dict[str, Any] = {"data": data, "event": event, "keep": keep, "key": key, "retry": retry}
-        fields |= {"topic": topic} if isinstance(topic, str) else {"topics": list(topic)}
+        fields |= {"topic": topic} if isinstance(topic, str) else \
+            {"topics": list(topic) if isinstance(topic, Iterable) else topic}
         return self._append([draft_of(fields)], idempotency_key)[0]
 
     def publish_batch(self, events: Iterable[Mapping[str, Any]], *, idempotency_key: str | None = None) -> list[str]:
         """Publish events, all or none, in one stretch of the order; their ids. Each is what the HTTP API takes as a
-        JSON object. Raises as `publish`."""
+        JSON object; `topics` may be a tuple too. Raises as `publish`."""
+        if not isinstance(events, Iterable):
+            raise BadRequest("events is a list of events")
         drafts = []
         for number, fields in enumerate(islice(events, self._most_events + 1), 1):
             try:
+                if not isinstance(fields, Mapping):
+                    raise BadRequest("it is no mapping of names to values")
                 drafts.append(draft_of(fields))
             except BadRequest as error:
                 raise BadRequest(f"event {number}: {error.detail}") from None
@@ -82,11 +93,13 @@ class Publisher:
 
     def _append(self, drafts: Sequence[Draft], key: str | None) -> list[str]:
         if key is not None:
+            if not isinstance(key, str):
+                raise BadRequest("idempotency_key is a string")
             check_name("idempotency_key", key)
         check_batch(drafts, self._most_events, self._most_bytes)
         with self._lock():
             try:
-                reply = self._talk(drafts, f"\n{key}" if key is not None else None)
+                reply = self._talk(drafts, "\n" + key if key is not None else None)
             except Refused as error:
                 raise BrokerUnavailable(f"cannot write the log {self._name}: {error}") from error
             except OSError as error:

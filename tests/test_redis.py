@@ -514,23 +514,48 @@ assert "gevent" not in sys.modules
     ({"topic": "a", "data": "x", "keep": "no"}, "keep is"),
     ({"topic": "a", "topics": ["b"], "data": "x"}, "either"), ({"topic": "a\n", "data": "x"}, "control character"),
     ({"topic": "a", "data": {1, 2}}, "JSON can carry"), ({"topic": "a", "data": [b"x"]}, "JSON can carry"),
-    ({"topic": "a", "data": float("nan")}, "JSON can carry"), ({"topic": "a", "data": "x", "retry": True}, "retry")])
+    ({"topic": "a", "data": float("nan")}, "JSON can carry"), ({"topic": "a", "data": "x", "retry": True}, "retry"),
+    ({"topic": "a", "data": "x", 5: "x"}, "no field '5'"), ({"topics": {"b": 1}, "data": "x"}, "topics is a list"),
+    (5, "event 2: it is no mapping"), ("text", "event 2: it is no mapping")])
 def test_the_publisher_refuses_what_the_http_api_refuses_and_changes_nothing(
-        publisher: Publisher, server: Redis, fields: dict[str, Any], words: str) -> None:
+        publisher: Publisher, server: Redis, fields: Any, words: str) -> None:
     with pytest.raises(BadRequest, match=words):
         publisher.publish_batch([{"topic": "a", "data": "good"}, fields])
     assert "t" not in keys(server)
 
 
-@pytest.mark.parametrize(("fields", "count", "words"), [
-    ({"topic": "a", "data": ""}, 10_001, "10000 events"),
-    ({"topics": [f"t{number}" for number in range(1000)], "data": ""}, 101, "100000 topics together, not 101000"),
-    ({"topic": "a", "data": "x" * 600_000}, 2, "1048576 bytes")], ids=["events", "topics", "bytes"])
-def test_the_publisher_refuses_too_much_at_once_and_changes_nothing(
-        publisher: Publisher, server: Redis, fields: dict[str, Any], count: int, words: str) -> None:
+@pytest.mark.parametrize(("topic", "key", "words"), [
+    (None, None, "topics is a list of strings"), (5, None, "topics is a list of strings"),
+    (b"a", None, "topics is a list of strings"), (["a", None], None, "topics is a list of strings"),
+    ("a", 5, "idempotency_key is a string"), ("a", b"key", "idempotency_key is a string")])
+def test_the_publisher_refuses_a_topic_and_a_key_that_are_no_text(
+        publisher: Publisher, server: Redis, topic: Any, key: Any, words: str) -> None:
     with pytest.raises(BadRequest, match=words):
-        publisher.publish_batch([fields] * count)
+        publisher.publish(topic, "x", idempotency_key=key)
     assert "t" not in keys(server)
+
+
+@pytest.mark.parametrize("events", [None, 5])
+def test_the_publisher_refuses_a_batch_that_is_no_list(publisher: Publisher, events: Any) -> None:
+    with pytest.raises(BadRequest, match="events is a list of events"):
+        publisher.publish_batch(events)
+
+
+def test_the_publisher_takes_topics_as_a_list_and_as_a_tuple(publisher: Publisher, server: Redis, opened: Open) -> None:
+    side = opened(server)
+    for topics in (("a", "b"), ["a", "b"]):
+        publisher.publish(topics, "x")
+        publisher.publish_batch([{"topics": topics, "data": "x"}])
+    assert [event.topics for event in side.heard(4)] == [("a", "b")] * 4
+
+
+@pytest.mark.parametrize("options", [
+    {"timeout": 0}, {"timeout": -1}, {"timeout": float("nan")}, {"timeout": float("inf")}, {"timeout": "5"},
+    {"timeout": None}, {"replicas": -1}, {"replicas": 101}, {"replicas": "1"}, {"replicas": None}])
+def test_a_publisher_is_not_made_with_what_cannot_be_meant(options: dict[str, Any]) -> None:
+    name, = options
+    with pytest.raises(SettingsError, match=f"(?i){name} is"):
+        Publisher("redis://127.0.0.1/0", **options)
 
 
 def test_the_publisher_takes_what_is_a_string_of_another_class_for_its_text(
