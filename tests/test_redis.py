@@ -17,6 +17,7 @@ from gevent.event import Event as Signal
 
 from pushsvc.brokers import redis_reader
 from pushsvc.brokers.redis_address import parse_address, parse_url
+from pushsvc.brokers.redis_link import Link
 from pushsvc.draft import draft_of
 from pushsvc.errors import BadRequest, BrokerUnavailable, SettingsError
 from pushsvc.event import Draft
@@ -556,6 +557,23 @@ def test_a_publisher_is_not_made_with_what_cannot_be_meant(options: dict[str, An
     name, = options
     with pytest.raises(SettingsError, match=f"(?i){name} is"):
         Publisher("redis://127.0.0.1/0", **options)
+
+
+@pytest.mark.parametrize(("seconds", "milliseconds"), [(0.0004, 1), (0.001, 1), (0.01, 5), (10.0, 5000)])
+def test_replicas_are_never_waited_for_without_an_end(seconds: float, milliseconds: int) -> None:
+    link = Link(parse_address("redis://127.0.0.1/0"), "pushsvc:", seconds)
+    assert link.await_replicas(1) == ("WAIT", 1, milliseconds)
+
+
+@pytest.mark.parametrize(("fields", "count", "words"), [
+    ({"topic": "a", "data": ""}, 10_001, "10000 events"),
+    ({"topics": [f"t{number}" for number in range(1000)], "data": ""}, 101, "100000 topics together, not 101000"),
+    ({"topic": "a", "data": "x" * 600_000}, 2, "1048576 bytes")], ids=["events", "topics", "bytes"])
+def test_the_publisher_refuses_too_much_at_once_and_changes_nothing(
+        publisher: Publisher, server: Redis, fields: dict[str, Any], count: int, words: str) -> None:
+    with pytest.raises(BadRequest, match=words):
+        publisher.publish_batch([fields] * count)
+    assert "t" not in keys(server)
 
 
 def test_the_publisher_takes_what_is_a_string_of_another_class_for_its_text(

@@ -113,7 +113,7 @@ class Link:
     def await_replicas(self, count: int) -> Arguments:
         """The command that waits until so many replicas have what was sent before, for half the time of a reply at
         most; it answers how many have."""
-        return "WAIT", count, round(self._seconds * 500)
+        return "WAIT", count, max(1, round(self._seconds * 500))  # 0 would be for ever
 
     def script(self, name: str, *arguments: str | int | bytes) -> list[str | int | bytes]:
         """The command that runs a script."""
