@@ -658,14 +658,21 @@ else:
     ("redis+sentinel://a:1,b:2/mymaster", (("a", 1), ("b", 2)), "mymaster", 0),
     ("redis+sentinel://u:p@a,b:2/mymaster/5", (("a", 26379), ("b", 2)), "mymaster", 5),
     ("rediss+sentinel://a/mymaster?sentinel_password=x&ssl_cert_reqs=none", (("a", 26379),), "mymaster", 0),
-    ("redis-sentinel://a,b/7#mymaster", (("a", 26379), ("b", 26379)), "mymaster", 7)])
+    ("redis-sentinel://a,b/7#mymaster", (("a", 26379), ("b", 26379)), "mymaster", 7), ("redis://host/", (), "", 0),
+    ("redis://host/?db=3", (), "", 3), ("redis://host/1?db=3", (), "", 3),
+    ("redis+sentinel://a/mymaster?db=3", (("a", 26379),), "mymaster", 3),
+    ("redis+sentinel://a/mymaster/5?db=3", (("a", 26379),), "mymaster", 3)])
 def test_addresses(url: str, sentinels: tuple[tuple[str, int], ...], master: str, db: int) -> None:
     address = parse_address(url)
     assert (address.sentinels, address.master, address.db) == (sentinels, master, db)
+    assert parse_url(address.url).get("db", 0) == db, "what is named by it is where the connections go"
 
 
 @pytest.mark.parametrize("url", ["redis:", "redis://", "redis://host:port", "redis+sentinel://host", "http://host",
-                                 "redis+sentinel:///mymaster", "redis+sentinel://a/m/x"])
+                                 "redis+sentinel:///mymaster", "redis+sentinel://a/m/x", "redis://host/prod",
+                                 "redis://host/1/2", "redis://host/-1", "redis://host/+1", "redis://host/1_0",
+                                 "redis://host//1", "redis://host?db=-1", "unix:///redis.sock?db=-1",
+                                 "redis+sentinel://a/m/-1", "redis+sentinel://a/m/1_0", "redis+sentinel://a/m/1/2"])
 def test_what_is_no_address_is_refused(url: str) -> None:
     with pytest.raises(SettingsError):
         parse_address(url)
@@ -705,7 +712,8 @@ def test_passwords_are_not_shown(url: str, shown: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["http://user:secret@host", "redis://user:secret/x@host/0", "redis://u:x?secret@host/0",
-                                 "redis+sentinel://u:secret/x@a:1/m/0", "redis://u:x?secret=1@host/0"])
+                                 "redis+sentinel://u:secret/x@a:1/m/0", "redis://u:x?secret=1@host/0",
+                                 "redis://u:1/secret@host/0"])
 def test_passwords_are_in_no_message(url: str) -> None:
     with pytest.raises(SettingsError) as caught:
         parse_address(Settings(broker_url=url).broker_url)

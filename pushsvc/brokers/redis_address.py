@@ -22,6 +22,7 @@ SENTINEL_PORT = 26379
 PARAMETERS = frozenset({"db", "username", "password", "client_name", "socket_timeout", "socket_connect_timeout",
                         "socket_keepalive", "socket_read_size", "health_check_interval", "retry_on_timeout"})
 SENTINEL_PARAMETERS = frozenset({"sentinel_username", "sentinel_password"})
+_DB = re.compile(r"/?|/[0-9]+")
 _UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
 parse_url: Any = redis_connection.parse_url
@@ -59,7 +60,7 @@ def parse_address(url: str) -> Address:
         if "sentinel" in scheme:
             address = _sentinel_address("rediss" if scheme.startswith("rediss") else "redis", rest)
         else:
-            address = Address(f"{scheme}://{rest}", int(parse_url(f"{scheme}://{rest}").get("db") or 0))
+            address = _address(f"{scheme}://{rest}")
         _try_options(address)
         return address
     except (ValueError, RedisError) as error:
@@ -70,6 +71,16 @@ def _check_parameters(rest: str, sentinel: bool) -> None:
     for name, _ in parse_qsl(rest.partition("?")[2], keep_blank_values=True):
         if not (name in PARAMETERS or name.startswith("ssl_") or (sentinel and name in SENTINEL_PARAMETERS)):
             raise _NoAddress(f"{name} is no parameter of it")
+
+
+def _address(url: str, **of_sentinel: Any) -> Address:
+    """An address by what redis-py takes. Its connections go to the database that it reads there: from a parameter, else
+    from the path."""
+    options = parse_url(url)
+    db = options.get("db", 0)
+    if db < 0 or ("path" not in options and not _DB.fullmatch(urlsplit(url).path)):
+        raise _NoAddress("its database is no number, as in redis://HOST/0")
+    return Address(url, db, **of_sentinel)
 
 
 def _try_options(address: Address) -> None:
@@ -102,16 +113,15 @@ def _sentinel_address(scheme: str, rest: str) -> Address:
     parts = urlsplit(f"//{rest}")
     credentials, _, hosts = parts.netloc.rpartition("@")
     sentinels = tuple(_host(each) for each in hosts.split(","))
-    path = [unquote(each) for each in parts.path.split("/") if each]
-    master = parts.fragment or (path.pop(0) if path else "")
+    path = [each for each in parts.path.split("/") if each]
+    master = parts.fragment or (unquote(path.pop(0)) if path else "")
     if not master or len(path) > 1:
         raise _NoAddress("it names no master: redis+sentinel://HOST:PORT,HOST:PORT/MASTER")
     pairs = parse_qsl(parts.query)
     own = tuple((name.removeprefix("sentinel_"), value) for name, value in pairs if name.startswith("sentinel_"))
     query = urlencode([(name, value) for name, value in pairs if not name.startswith("sentinel_")])
-    db = int(path[0]) if path else 0
-    return Address(f"{scheme}://{credentials + '@' if credentials else ''}host/{db}{'?' + query if query else ''}", db,
-                   sentinels, master, own)
+    url = f"{scheme}://{credentials + '@' if credentials else ''}host/{''.join(path)}{'?' + query if query else ''}"
+    return _address(url, sentinels=sentinels, master=master, sentinel_options=own)
 
 
 def _host(text: str) -> tuple[str, int]:
