@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from types import TracebackType
 from typing import Any, Self
@@ -40,13 +41,15 @@ class Publisher:
             raise SettingsError(f"timeout is more than 0 and at most {MOST_SECONDS:g} s, not {timeout!r}")
         if not isinstance(replicas, int):
             raise SettingsError(f"replicas is a whole number, not {replicas!r}")
-        default = Settings(redis_replicas=replicas)
+        settings = Settings(redis_replicas=replicas)
+        if prefix is not None:
+            settings = replace(settings, redis_prefix=prefix)
         self._name = hide(url)
         self._replicas = replicas
         self._timeout = timeout
-        self._most_events, self._most_bytes = default.max_batch_events, default.max_body_bytes
+        self._most_events, self._most_bytes = settings.max_batch_events, settings.max_body_bytes
         self._address = parse_address(url)
-        self._prefix = prefix or default.redis_prefix
+        self._prefix = settings.redis_prefix
         self._link = self._new_link()
         self._known = Position("", 0)
         self._pid = os.getpid()

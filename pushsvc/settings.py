@@ -42,7 +42,8 @@ class Settings:
     broker_url: str = setting("sqlite:var/pushsvc.db", "The log: `sqlite:PATH` (all workers of one machine share it), "
                               "`redis://HOST:PORT/DB` (several machines; also `rediss:`, `unix:`, `redis+sentinel:`) or "
                               "`memory:` (one process, lost with it).")
-    redis_prefix: str = setting("pushsvc:", "What all keys and channels in Redis begin with; one per deployment.")
+    redis_prefix: str = setting("pushsvc:", "What all keys and channels in Redis begin with; it ends with `:`. One per "
+                                "deployment, of which none begins with another's.")
     redis_replicas: int = setting(0, "Replicas of Redis that must have an event before it is acknowledged.",
                                   unit="replicas", most=100)
     sync: str = setting("normal", "`normal` survives the death of every process; `full` also a power loss, at one disk "
@@ -109,8 +110,10 @@ class Settings:
         if scheme not in ("sqlite", "memory", *REDIS) or (scheme == "memory" and rest):
             url = hide(self.broker_url)
             raise SettingsError(f"{PREFIX}BROKER_URL is sqlite:PATH, redis://HOST or memory:, not {url!r}")
-        if not self.redis_prefix or not self.redis_prefix.isprintable():
-            raise SettingsError(f"{PREFIX}REDIS_PREFIX is empty, or has a control character")
+        if not self.redis_prefix.isprintable():
+            raise SettingsError(f"{PREFIX}REDIS_PREFIX has a control character")
+        if not self.redis_prefix.endswith(":"):  # the number of the database follows: app and 10 would be app1 and 0
+            raise SettingsError(f"{PREFIX}REDIS_PREFIX ends with a colon, as pushsvc:, unlike {self.redis_prefix!r}")
         for origin in self.origins:
             _check_origin(origin)
 
