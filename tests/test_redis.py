@@ -477,6 +477,30 @@ def test_a_worker_that_redis_drops_for_being_slow_misses_nothing(tmp_path: Path,
         assert seen == [*map(str, range(count)), "last"]
 
 
+def connections(client: Any) -> dict[str, list[bool]]:
+    """Of each worker, by the name of its connections: for each of them whether it listens."""
+    found: dict[str, list[bool]] = {}
+    for each in client.client_list():
+        if each["name"]:
+            found.setdefault(each["name"], []).append("P" in each["flags"])
+    return found
+
+
+def test_a_worker_has_one_connection_that_listens_and_one_that_asks_for_however_many_streams(
+        service: Server, durable: Redis) -> None:
+    workers = sorted(f"pushsvc-{pid}" for pid in service.worker_pids())
+    with contextlib.ExitStack() as streams, contextlib.closing(durable.client()) as client:
+        first = streams.enter_context(Stream(service.url, ["t0", "all"]))
+        one = eventually(lambda: sum(map(len, (found := connections(client)).values())) >= 4 and found, TIMEOUT)
+        others = [streams.enter_context(Stream(service.url, [f"t{number}", "all"])) for number in range(1, 100)]
+        post(service, "to all", "all")
+        assert {stream.next(timeout=TIMEOUT).data for stream in (first, *others)} == {"to all"}
+        many = connections(client)
+        assert sorted(one) == sorted(many) == workers
+        assert [len(each) for each in one.values()] == [len(each) for each in many.values()] == [2, 2]
+        assert [sum(each) for each in many.values()] == [1, 1]
+
+
 def test_an_address_that_is_none_stops_the_start(tmp_path: Path) -> None:
     server = Server(tmp_path / "service", workers=1, env={"PUSHSVC_BROKER_URL": "redis+sentinel://host:1"})
     server.start()
