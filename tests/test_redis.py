@@ -270,7 +270,7 @@ def test_a_newer_epoch_of_another_server_is_followed(tmp_path: Path, opened: Ope
         with contextlib.closing(replica.client()) as client:
             eventually(lambda: client.hget("pushsvc:log", "seq") == str(kept.seq))
             client.replicaof("NO", "ONE")
-        lost = put(side, "lost")
+        lost, = side.broker.append([Draft(("a",), "lost")], "\nkey")
         side.heard(2)
         master.kill()
         follow = ["--replicaof", replica.host, str(replica.port)]
@@ -286,6 +286,10 @@ def test_a_newer_epoch_of_another_server_is_followed(tmp_path: Path, opened: Ope
             assert side.gaps[0][0] == lost
             assert side.broker.precedes(kept.epoch)
             assert [event.data for event in side.history("a")] == ["kept", "new"]
+            again, = side.broker.append([Draft(("a",), "lost")], "\nkey")
+            assert again > new
+            assert [event.data for event in side.history("a")] == ["kept", "new", "lost"], "its key was lost with it"
+            assert [event.seq for event in side.heard(4)] == [kept.seq, lost.seq, new.seq, again.seq]
 
 
 # --- a server that refuses
