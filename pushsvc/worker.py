@@ -32,7 +32,7 @@ NOTIFY_SECONDS = 1.0
 IDLE_SECONDS = 0.25  # a request that is under way arrives within this time
 QUIESCE_SECONDS = 0.1  # so does the handshake of a connection that has begun, and its request
 TCP_NOTSENT_LOWAT = 25  # linux/tcp.h
-UNSENT_BYTES = 1 << 17  # of one connection in the kernel: a reader that has stopped costs no more, a fast one needs no more
+UNSENT_BYTES = 1 << 17  # of one connection in the kernel: so much a reader that has stopped costs, and no fast one needs
 MOST_PATHS = 64  # paths of streams that are remembered
 
 

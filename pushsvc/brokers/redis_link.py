@@ -22,7 +22,7 @@ from pushsvc.brokers.redis_address import CONNECT_SECONDS, Address, connection_o
 SCRIPTS = ("publish", "history", "open", "burn")
 _RUN_ID = re.compile(r"^run_id:(\w+)", re.M)
 _ROLE = re.compile(r"^role:(\w+)", re.M)
-_REPLICATION_IDS = re.compile(r"^master_replid2?:(\w+)", re.M)
+_REPLICATION_IDS = re.compile(r"^master_replid:(\w+)\s+^master_replid2:(\w+)", re.M)
 Arguments = Sequence[str | int | bytes]
 
 
@@ -262,5 +262,5 @@ def _answer(connection: Any, *command: str) -> Any:
 def _made_master(info: str) -> str:
     """":" and the replication id of a server that was a replica in this life, "" for another. It keeps its run id when it
     is made one and a master again, and may have lost what it had taken before."""
-    now, before = _REPLICATION_IDS.findall(info)
-    return f":{now}" if before.strip("0") else ""
+    ids = _REPLICATION_IDS.search(info)
+    return f":{ids[1]}" if ids is not None and ids[2].strip("0") else ""
