@@ -32,7 +32,7 @@ NOTIFY_SECONDS = 1.0
 IDLE_SECONDS = 0.25  # a request that is under way arrives within this time
 QUIESCE_SECONDS = 0.1  # so does the handshake of a connection that has begun, and its request
 TCP_NOTSENT_LOWAT = 25  # linux/tcp.h
-UNSENT_BYTES = 1 << 17  # of one connection in the kernel: so much a reader that has stopped costs, and no fast one needs
+MOST_UNSENT = 1 << 30  # bytes; the kernel takes an int
 MOST_PATHS = 64  # paths of streams that are remembered
 
 
@@ -228,7 +228,9 @@ class PushWorker(GeventWorker):  # type: ignore[misc]
         if sock.family != socket.AF_UNIX:  # accepted connections inherit it
             milliseconds = int(self.service.settings.dead_seconds * 1000)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
-            sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+            # In the kernel, too, no more waits for a stream than in its mailbox: its buffers would grow to some MiB each.
+            unsent = min(self.service.settings.mailbox_bytes, MOST_UNSENT)
+            sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, unsent)
             # Accept a connection when its request has come: no greenlet waits for those that stay silent.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, self.cfg.keepalive)
             if is_possible(self.cfg, os.environ.get("SCRIPT_NAME", "")):

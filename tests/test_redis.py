@@ -459,7 +459,7 @@ def test_while_redis_restarts_streams_stay_open_and_are_told_the_gap(service: Se
 
 
 def test_a_worker_that_redis_drops_for_being_slow_misses_nothing(tmp_path: Path, durable: Redis) -> None:
-    settings = {"PUSHSVC_BROKER_URL": durable.url}
+    settings = {"PUSHSVC_BROKER_URL": durable.url, "PUSHSVC_MAILBOX_BYTES": str(64 << 20)}  # no stream is slow here
     with (Server(tmp_path / "service", workers=1, env=settings) as service,
           Stream(service.url, "a") as stream, contextlib.closing(durable.client()) as client,
           Publisher(durable.url) as publisher):
