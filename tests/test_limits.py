@@ -59,9 +59,7 @@ class Machine:
         return dict(line.removeprefix("/proc/sys/").split(":", 1) for line in found.splitlines())
 
     def tree(self) -> dict[str, tuple[bytes | None, int]]:
-        """All files and folders by name: content and mode."""
-        return {str(path.relative_to(self.root)): (path.read_bytes() if path.is_file() else None, path.lstat().st_mode)
-                for path in self.root.rglob("*")}
+        return tree(self.root)
 
     def all(self) -> Any:
         return self.sysctls(), self.tree()
@@ -409,6 +407,41 @@ def test_image_gets_files_with_every_setting_and_the_machine_none(tmp_path: Path
     assert "-net.netfilter.nf_conntrack_max" in names
     assert len(names) == 12
     assert "Environment=WEB_CONCURRENCY=60\n" in (tmp_path / FILES[2]).read_text()
+
+
+IMAGE = ("--no-sysctl", "--streams", STREAMS, "--workers", "4", "--root")
+
+
+def tree(root: Path) -> dict[str, tuple[bytes | None, int]]:
+    """All files and folders by name: content and mode."""
+    return {str(path.relative_to(root)): (path.read_bytes() if path.is_file() else None, path.lstat().st_mode)
+            for path in root.rglob("*")}
+
+
+def test_image_that_was_moved_since_is_reverted_where_it_is(tmp_path: Path) -> None:
+    image, moved = tmp_path / "image", tmp_path / "moved"
+    put(image, FILES[1], "# an admin's own\n")
+    before = tree(image)
+    assert tool("apply", *IMAGE, str(image)).returncode in (ENOUGH, SMALL)
+    image.rename(moved)
+
+    done = tool("revert", *IMAGE, str(moved))
+
+    assert done.returncode == ENOUGH, done.stderr
+    assert tree(moved) == before
+
+
+def test_state_of_another_root_is_refused_and_kept(tmp_path: Path) -> None:
+    """As they were once: with whole paths."""
+    state = put(tmp_path, FILES[3], json.dumps({"version": 1, "files": {"/elsewhere/a": {"was": None, "set": ""}}}))
+    done = tool("revert", *IMAGE, str(tmp_path))
+    assert done.returncode == FAILED
+    assert done.stderr == f"limits: {state} is of another root: it notes /elsewhere/a\n"
+    assert state.exists()
+
+    own = str(put(tmp_path, "etc/own", ""))
+    state.write_text(json.dumps({"version": 1, "files": {own: {"was": None, "set": ""}}}))
+    assert f"{own}: removed" in tool("revert", *IMAGE, str(tmp_path)).stdout
 
 
 @contextlib.contextmanager

@@ -93,7 +93,7 @@ def check(target: Target, options: argparse.Namespace) -> list[Finding]:
 
 def apply(target: Target, options: argparse.Namespace, done: list[str]) -> None:
     """Raise what is too small. Raises change.ChangeError; `done` has what was done until then."""
-    state = change.State.load(options.root / places.STATE)
+    state = change.State.load(options.root, places.STATE)
     findings = [found for found in check(target, options) if found.limit.is_sysctl]
     if options.no_sysctl:
         state.written = {found.limit.name: list(found.limit.joined(found.have or found.need, found.need))
@@ -106,12 +106,12 @@ def apply(target: Target, options: argparse.Namespace, done: list[str]) -> None:
             change.raise_sysctl(state, found.limit.name, found.have, value, done.append)
     written = {name: tuple(value) for name, value in state.written.items()}
     contents = places.contents(target, written, options.root, options.user, Settings().backlog, bool(options.workers))
-    change.put_files(state, options.root, contents, done.append)
+    change.put_files(state, contents, done.append)
 
 
 def revert(options: argparse.Namespace, done: list[str]) -> list[str]:
     """Put all back; what was left. Raises change.ChangeError; `done` has what was done until then."""
-    state = change.State.load(options.root / places.STATE)
+    state = change.State.load(options.root, places.STATE)
     return [] if state.is_empty() and not state.path.exists() else change.revert(state, options.force, done.append)
 
 

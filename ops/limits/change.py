@@ -24,9 +24,11 @@ class ChangeError(Exception):
 
 @dataclass(slots=True)
 class State:
-    """What was changed, as it was before and as it was set. path: of the state file. written: what the file of sysctls
-    holds. Saved anew with each change, so that it never knows less than what was done."""
+    """What was changed below `root`, as it was before and as it was set. path: of the state file; it names files and
+    folders as they are below the root, which may be elsewhere the next time. written: what the file of sysctls holds.
+    Saved anew with each change, so that it never knows less than what was done."""
 
+    root: Path
     path: Path
     sysctls: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -34,22 +36,43 @@ class State:
     written: dict[str, list[int]] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, path: Path) -> State:
-        """The state of `path`; an empty one where there is none. Raises ChangeError."""
+    def load(cls, root: Path, name: Path) -> State:
+        """The state in the file of this name below `root`; an empty one where there is none. Raises ChangeError."""
+        path = root / name
         try:
             found = json.loads(path.read_text())
         except FileNotFoundError:
-            return cls(path)
+            return cls(root, path)
         except (OSError, ValueError) as error:
             raise ChangeError(f"{path} cannot be read: {error}") from error
         if found.pop("version", None) != VERSION:
             raise ChangeError(f"{path} is of another version")
-        return cls(path, **found)
+        state = cls(root, path, **found)
+        state.files = {state._below(name): noted for name, noted in state.files.items()}
+        return state
+
+    def _below(self, name: str) -> str:
+        """As the root's own name of it; states of before had whole paths. Raises ChangeError for one of another root."""
+        try:
+            return str(self.root.joinpath(name).relative_to(self.root))
+        except ValueError as error:
+            raise ChangeError(f"{self.path} is of another root: it notes {name}") from error
+
+    def place(self, name: Path | str) -> Path:
+        """Where a file or folder of the root is."""
+        return self.root / name
+
+    def make(self, folder: Path) -> None:
+        """A folder, with those above it. Each is noted first: at the end it goes again."""
+        missing = _missing(folder)
+        self.folders += [str(each.relative_to(self.root)) for each in missing]
+        if missing and folder != self.path.parent:
+            self.save()
+        for each in missing:
+            each.mkdir()
 
     def save(self) -> None:
-        for folder in _missing(self.path.parent):
-            folder.mkdir()
-            self.folders.append(str(folder))
+        self.make(self.path.parent)
         names = ("sysctls", "files", "folders", "written")
         replace(self.path, json.dumps({"version": VERSION} | {name: getattr(self, name) for name in names}).encode())
 
@@ -70,32 +93,30 @@ def raise_sysctl(state: State, name: str, was: Need, value: Need, say: Say) -> N
     say(f"{name}: {system.text(was)} -> {system.text(value)}")
 
 
-def put_files(state: State, root: Path, contents: Mapping[Path, bytes], say: Say) -> int:
+def put_files(state: State, contents: Mapping[Path, bytes], say: Say) -> int:
     """Write those that differ; how many. Raises ChangeError, also for one that somebody has edited since."""
     count = 0
     for path, content in contents.items():
-        full = root / path
+        full = state.place(path)
         now = full.read_bytes() if full.exists() else None
         if now == content:
             continue
-        noted = state.files.get(str(full))
+        noted = state.files.get(str(path))
         if noted and now not in (None, _bytes(noted["set"])) and not _is_as_before(full, noted):
             raise ChangeError(f"{full} was edited since it was written: take the edit out, or `revert --force`")
         link = f" in the place of a link to {full.readlink()}" if full.is_symlink() else ""
-        _put(state, full, content)
+        _put(state, path, content)
         say(f"{full}: {'written' if now is None else 'written anew'}{link}")
         count += 1
     return count
 
 
-def _put(state: State, path: Path, content: bytes) -> None:
-    state.files.setdefault(str(path), _as_before(path))["set"] = _text(content)
-    folders = _missing(path.parent)
-    state.folders += map(str, folders)
+def _put(state: State, name: Path, content: bytes) -> None:
+    path = state.place(name)
+    state.files.setdefault(str(name), _as_before(path))["set"] = _text(content)
     state.save()
     try:
-        for folder in folders:
-            folder.mkdir()
+        state.make(path.parent)
         replace(path, content)
     except OSError as error:
         raise ChangeError(f"{path} cannot be written: {error.strerror}") from error
@@ -126,7 +147,7 @@ def revert(state: State, force: bool, say: Say) -> list[str]:
         state.path.unlink()
         for folder in sorted(state.folders, key=len, reverse=True):
             with suppress(OSError):  # others have put something into it
-                Path(folder).rmdir()
+                state.place(folder).rmdir()
     return left
 
 
@@ -148,7 +169,8 @@ def _revert_sysctls(state: State, force: bool, say: Say) -> Iterator[str]:
 
 def _revert_files(state: State, force: bool, say: Say) -> Iterator[str]:
     for name, noted in list(state.files.items()):
-        path, is_before = Path(name), _is_as_before(Path(name), noted)
+        path = state.place(name)
+        is_before = _is_as_before(path, noted)
         is_ours = path.is_file() and not path.is_symlink() and path.read_bytes() == _bytes(noted["set"])
         if not is_before and not is_ours and not force:
             yield f"{path} was edited since it was written: left as it is"
