@@ -444,6 +444,30 @@ def test_state_of_another_root_is_refused_and_kept(tmp_path: Path) -> None:
     assert f"{own}: removed" in tool("revert", *IMAGE, str(tmp_path)).stdout
 
 
+@pytest.mark.parametrize("link", ["{outside}/host", "../../outside/host", "/inside", "../../../../inside"])
+def test_folder_of_an_image_that_is_a_link_leads_nowhere_out_of_it(link: str, tmp_path: Path) -> None:
+    image, outside = tmp_path / "image", tmp_path / "outside"
+    put(outside, "host/50-own.conf", "net.core.somaxconn = 1\n")
+    (image / "etc").mkdir(parents=True)
+    folder = image / "etc/sysctl.d"
+    folder.symlink_to(link.format(outside=outside))
+    before = tree(tmp_path)
+
+    assert tool("apply", *IMAGE, str(image)).returncode in (ENOUGH, SMALL)
+
+    assert tree(outside) == {"host": before["outside/host"], "host/50-own.conf": before["outside/host/50-own.conf"]}
+    assert [path for path in image.rglob("60-pushsvc.conf") if path.parent.name in ("host", "inside")]
+    assert tool("revert", *IMAGE, str(image)).returncode == ENOUGH
+    assert tree(tmp_path) == before
+
+
+def test_link_of_an_image_that_leads_to_itself_is_told(tmp_path: Path) -> None:
+    (tmp_path / "etc").symlink_to("etc")
+    done = tool("apply", *IMAGE, str(tmp_path))
+    assert (done.returncode, done.stderr.count("\n")) == (FAILED, 1)
+    assert "Too many levels of symbolic links" in done.stderr
+
+
 @contextlib.contextmanager
 def _unchanged() -> Iterator[None]:
     def read() -> list[str]:

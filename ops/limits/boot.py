@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from needs import Need
+from rooted import follow
 
 # Of files of one name the first of these folders has the one that counts; they are read by name over all folders.
 FOLDERS = tuple(Path(top, "sysctl.d") for top in ("etc", "run", "usr/local/lib", "usr/lib", "lib"))
@@ -33,7 +34,7 @@ def last_words(root: Path) -> tuple[dict[str, Word], list[str]]:
     unread: list[str] = []
     for file in _files(root):
         try:
-            lines = _target(root, file).read_text(errors="replace").splitlines()
+            lines = follow(root, file.relative_to(root)).read_text(errors="replace").splitlines()
         except FileNotFoundError:  # a name that is linked to nowhere, or to /dev/null in an image, sets nothing
             continue
         except OSError as error:
@@ -49,12 +50,6 @@ def _files(root: Path) -> list[Path]:
     """In the order in which they are read."""
     named: dict[str, Path] = {}
     for folder in FOLDERS:
-        for file in (root / folder).glob("*.conf"):
-            named.setdefault(file.name, file)
+        for file in follow(root, folder).glob("*.conf"):
+            named.setdefault(file.name, root / folder / file.name)
     return [*(named[name] for name in sorted(named)), root / LAST]
-
-
-def _target(root: Path, file: Path) -> Path:
-    """The file, or what it is a link to: an absolute one means a place below `root`."""
-    link = file.readlink() if file.is_symlink() else Path()
-    return root / link.relative_to("/") if link.is_absolute() else file

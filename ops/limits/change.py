@@ -13,6 +13,7 @@ from typing import Any
 
 import system
 from needs import Need
+from rooted import follow
 
 VERSION = 1
 Say = Callable[[str], None]
@@ -38,7 +39,7 @@ class State:
     @classmethod
     def load(cls, root: Path, name: Path) -> State:
         """The state in the file of this name below `root`; an empty one where there is none. Raises ChangeError."""
-        path = root / name
+        path = follow(root, name, last=False)
         try:
             found = json.loads(path.read_text())
         except FileNotFoundError:
@@ -59,8 +60,8 @@ class State:
             raise ChangeError(f"{self.path} is of another root: it notes {name}") from error
 
     def place(self, name: Path | str) -> Path:
-        """Where a file or folder of the root is."""
-        return self.root / name
+        """Where a file or folder of the root is: below it, wherever a folder is a link to."""
+        return follow(self.root, name, last=False)
 
     def make(self, folder: Path) -> None:
         """A folder, with those above it. Each is noted first: at the end it goes again."""
