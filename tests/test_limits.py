@@ -468,6 +468,85 @@ def test_link_of_an_image_that_leads_to_itself_is_told(tmp_path: Path) -> None:
     assert "Too many levels of symbolic links" in done.stderr
 
 
+UNIT = "etc/systemd/system/pushsvc.service"
+MORE_DESCRIPTORS = {
+    "the unit": {UNIT: "LimitNOFILE = 2M"},
+    "the unit, without a bound": {UNIT: "LimitNOFILE=infinity"},
+    "a unit of a package, both limits": {"usr/lib/systemd/system/pushsvc.service": "LimitNOFILE=1K:2M"},
+    "a drop-in": {UNIT: "LimitNOFILE=1000", f"{UNIT}.d/50-image.conf": "LimitNOFILE=2M"},
+    "a drop-in elsewhere, over two lines": {UNIT: "", "usr/lib/systemd/system/pushsvc.service.d/a.conf":
+                                            "LimitNOFILE=\\\n# of the image\n 2M"},
+    "a drop-in for all": {UNIT: "", "etc/systemd/system/service.d/50-image.conf": "LimitNOFILE=2M"},
+}
+
+
+def put_units(root: Path, lines: dict[str, str]) -> None:
+    for name, line in lines.items():
+        put(root, name, f"[Unit]\nLimitNOFILE=9M\n[Service]\n{line}\n")
+
+
+@pytest.mark.parametrize("lines", MORE_DESCRIPTORS.values(), ids=MORE_DESCRIPTORS)
+def test_drop_in_lowers_no_descriptors_of_the_unit(lines: dict[str, str], tmp_path: Path) -> None:
+    put_units(tmp_path, lines)
+    tool("apply", *IMAGE, str(tmp_path))
+    limit = "infinity" if "infinity" in str(lines) else 2 << 20
+    assert f"LimitNOFILE={limit}\n" in (tmp_path / FILES[2]).read_text()
+
+
+@pytest.mark.parametrize("lines", [
+    {UNIT: "LimitNOFILE=2M", f"{UNIT}.d/50-low.conf": "LimitNOFILE=100"},
+    {UNIT: "LimitNOFILE=2M\nLimitNOFILE="},
+    {"usr/lib/systemd/system/pushsvc.service": "LimitNOFILE=2M", UNIT: ""},
+    {f"{UNIT}.d/50-a.conf": "", "run/systemd/system/pushsvc.service.d/50-a.conf": "LimitNOFILE=2M"},
+])
+def test_descriptors_that_the_unit_does_not_have_in_the_end_do_not_count(lines: dict[str, str], tmp_path: Path) -> None:
+    put_units(tmp_path, lines)
+    tool("apply", *IMAGE, str(tmp_path))
+    assert f"LimitNOFILE={1 << 20}\n" in (tmp_path / FILES[2]).read_text()
+
+
+def test_drop_in_after_ours_with_fewer_descriptors_is_told(tmp_path: Path) -> None:
+    put_units(tmp_path, {UNIT: "", f"{UNIT}.d/99-low.conf": "LimitNOFILE=100"})
+    done = tool("apply", *IMAGE, str(tmp_path))
+    assert done.returncode == SMALL
+    assert f"{tmp_path}/{UNIT}.d/99-low.conf:4 sets it to 100 for the unit: take that line out" in done.stdout
+    found = limit_of(tool("check", "--json", *IMAGE, str(tmp_path)).stdout, "nofile")
+    assert (found["boot"]["line"], found["boot"]["value"]) == (4, [100])
+    (tmp_path / f"{UNIT}.d/99-low.conf").unlink()
+    assert limit_of(tool("check", "--json", *IMAGE, str(tmp_path)).stdout, "nofile")["boot"] is None
+
+
+@pytest.mark.parametrize(("variable", "wanted"), [("PUSHSVC_BACKLOG", 8192), ("WEB_CONCURRENCY", 4)])
+@pytest.mark.parametrize("where", ["file", "wildcard", "drop-in"])
+def test_environment_that_counts_more_than_ours_is_told(variable: str, wanted: int, where: str, tmp_path: Path) -> None:
+    line = "EnvironmentFile=/etc/pushsvc/*.env" if where == "wildcard" else "EnvironmentFile=-/etc/pushsvc/b.env"
+    put_units(tmp_path, {UNIT: f"EnvironmentFile=-/nowhere\n{line}\nEnvironment=A=1"})
+    other = f"{UNIT}.d/99-other.conf" if where == "drop-in" else "etc/pushsvc/b.env"
+    text = f'[Service]\nEnvironment="A=2" {variable}=3\n' if where == "drop-in" else f"# a\n{variable}=3\n"
+    path = put(tmp_path, other, text)
+
+    done = tool("apply", *IMAGE, str(tmp_path))
+
+    assert done.returncode == SMALL
+    told = f"{path}:2 sets {variable}=3 for the unit: take that line out, or set it to {wanted}"
+    assert told in done.stdout
+    assert json.loads(tool("check", "--json", *IMAGE, str(tmp_path)).stdout)["overruled"] == [told]
+    path.write_text(text.replace("=3", f"={wanted}"))
+    assert json.loads(tool("check", "--json", *IMAGE, str(tmp_path)).stdout)["overruled"] == []
+
+
+def test_number_of_workers_stays_where_none_is_given(tmp_path: Path) -> None:
+    tool("apply", *IMAGE, str(tmp_path))
+    before = tree(tmp_path)
+    assert b"Environment=WEB_CONCURRENCY=4\n" in (before[FILES[2]][0] or b"")
+    without = ("--no-sysctl", "--streams", STREAMS, "--root", str(tmp_path))
+
+    assert "changed nothing" in tool("apply", *without).stdout
+
+    assert tree(tmp_path) == before
+    assert json.loads(tool("check", "--json", *without).stdout)["workers"] == 4
+
+
 @contextlib.contextmanager
 def _unchanged() -> Iterator[None]:
     def read() -> list[str]:

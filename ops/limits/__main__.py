@@ -16,6 +16,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import change
 import places
 import system
 from needs import LIMITS, Limit, Need, Target, addresses, workers_for
+from unit import UnitError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -55,8 +57,8 @@ class Finding:
 
 def look(limit: Limit, target: Target, options: argparse.Namespace, words: Mapping[str, boot.Word]) -> Finding:
     need, have = limit.need(target), system.have(limit.name, options.pid)
-    state, note = _judge(limit, target, have, need, options)
     word = words.get(limit.name)
+    state, note = _judge(limit, target, have, need, word)
     if word is None or word.file == options.root / places.SYSCTLS or _holds(limit, word.value, need):
         word = None
     elif state in (ENOUGH, ABSENT):
@@ -70,7 +72,8 @@ def _holds(limit: Limit, value: Need, need: Need) -> bool:
     return limit.is_enough((*value[:count], *need[count:]), need)
 
 
-def _judge(limit: Limit, target: Target, have: Need | None, need: Need, options: argparse.Namespace) -> tuple[str, str]:
+def _judge(limit: Limit, target: Target, have: Need | None, need: Need,
+           word: boot.Word | None) -> tuple[str, str]:
     if have is None:
         return ABSENT, system.why_not(limit.name)
     if limit.is_enough(have, need):
@@ -78,9 +81,8 @@ def _judge(limit: Limit, target: Target, have: Need | None, need: Need, options:
     if "conntrack" in limit.name and not system.tracks_connections():
         return UNUSED, "no connection is followed here now"
     if limit.name == system.NOFILE:
-        promised = 0 if options.pid else places.promised(options.root)
-        if promised >= need[0]:
-            return LATER, f"{promised} from the next start of the unit"
+        if word and word.value >= need:
+            return LATER, f"{word.value[0]} from the next start of the unit"
         return SMALL, f"or {workers_for(target, have[0]) or 'no number of'} workers"
     reason = system.why_not(limit.name) if limit.is_sysctl else "not settable"
     return SMALL, f"not settable here: {reason}" if reason else ""
@@ -88,6 +90,8 @@ def _judge(limit: Limit, target: Target, have: Need | None, need: Need, options:
 
 def check(target: Target, options: argparse.Namespace) -> list[Finding]:
     words, _ = boot.last_words(options.root)
+    if (found := places.service(options.root).nofile()) and not options.pid:
+        words[system.NOFILE] = boot.Word(options.root / found[1].file.lstrip("/"), found[1].number, (found[0],))
     return [look(limit, target, options, words) for limit in LIMITS]
 
 
@@ -105,7 +109,7 @@ def apply(target: Target, options: argparse.Namespace, done: list[str]) -> None:
         elif found.state == SMALL and found.have is not None and not found.note:
             change.raise_sysctl(state, found.limit.name, found.have, value, done.append)
     written = {name: tuple(value) for name, value in state.written.items()}
-    contents = places.contents(target, written, options.root, options.user, Settings().backlog, bool(options.workers))
+    contents = places.contents(target, written, options.root, options.user, Settings().backlog, options.workers or 0)
     change.put_files(state, contents, done.append)
 
 
@@ -116,9 +120,18 @@ def revert(options: argparse.Namespace, done: list[str]) -> list[str]:
 
 
 def target_of(options: argparse.Namespace) -> Target:
-    return Target(streams=options.streams, workers=options.workers or os.cpu_count() or 1, proxy=not options.no_proxy,
+    workers = options.workers or _workers_told(options.root) or os.cpu_count() or 1
+    return Target(streams=options.streams, workers=workers, proxy=not options.no_proxy,
                   connections=Settings().max_connections, memory_bytes=system.total_memory(),
                   page_bytes=os.sysconf("SC_PAGE_SIZE"))
+
+
+def _workers_told(root: Path) -> int:
+    """How many the unit is told to have; 0 for no number, or one that cannot be read or meant: `check` tells that."""
+    with suppress(UnitError, OSError):
+        number = places.number(places.service(root), places.WORKERS)
+        return number if number <= MOST_WORKERS else 0
+    return 0
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -126,7 +139,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", nargs="?", choices=("check", "apply", "revert"), default="check")
     parser.add_argument("--streams", type=_count, default=100_000, help="of all workers together (%(default)s)")
-    parser.add_argument("--workers", type=_workers, help="WEB_CONCURRENCY; apply sets it for the unit (one per core)")
+    parser.add_argument("--workers", type=_workers, help="WEB_CONCURRENCY; apply sets it for the unit (as that has it, "
+                        "else one per core)")
     parser.add_argument("--no-proxy", action="store_true", help="the proxy is on another machine, or there is none")
     parser.add_argument("--pid", type=_count, help="check the descriptors of this process, not of one started from here")
     parser.add_argument("--user", default="pushsvc", help="whose logins get the descriptors (%(default)s)")
@@ -157,7 +171,7 @@ def _workers(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    target, done, left, error = target_of(options), list[str](), list[str](), ""
+    target, done, left, overruled, error = target_of(options), list[str](), list[str](), list[str](), ""
     try:
         _refuse_without_root(options)
         if options.action == "apply":
@@ -165,21 +179,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.action == "revert":
             left = revert(options, done)
         findings = [] if options.action == "revert" else check(target, options)
-    except (change.ChangeError, OSError) as failure:
-        findings, error = [], str(failure)
-    notes = _notes(target, findings, options)
+        overruled = places.overruled(options.root, target, options.workers or 0) if findings else []
+        notes = _notes(target, findings, options)
+    except (change.ChangeError, UnitError, OSError) as failure:
+        findings, notes, error = [], [], str(failure)
     if options.json:
         print(json.dumps({"action": options.action, "streams": target.streams, "workers": target.workers,
                           "proxy": target.proxy, "limits": [each.as_json() for each in findings], "done": done,
-                          "left": left, "notes": notes, "error": error}, indent=2))
+                          "left": left, "overruled": overruled, "notes": notes, "error": error}, indent=2))
     else:
-        _print(target, options, findings, done, left, notes)
+        _print(target, options, findings, {"changed": done, "left": left, "undone": overruled, "note": notes})
     if error:
         print(f"limits: {error}", file=sys.stderr)
         if done:
             print("limits: what was done before can be taken back with revert", file=sys.stderr)
         return FAILED
-    if left or any(each.state in (SMALL, UNDONE) for each in findings):
+    if left or overruled or any(each.state in (SMALL, UNDONE) for each in findings):
         return TOO_SMALL
     return CHANGED if options.exit_code and done else OK
 
@@ -191,7 +206,7 @@ def _refuse_without_root(options: argparse.Namespace) -> None:
 
 
 def _notes(target: Target, findings: Sequence[Finding], options: argparse.Namespace) -> list[str]:
-    notes = boot.last_words(options.root)[1] if findings else []
+    notes = [*boot.last_words(options.root)[1], *places.service(options.root).unread] if findings else []
     if findings and addresses(target) > 1:
         notes.append(f"one address has not enough ports for so many streams: let the service listen on "
                      f"{addresses(target)} (PUSHSVC_BIND) and name each in the proxy")
@@ -200,8 +215,9 @@ def _notes(target: Target, findings: Sequence[Finding], options: argparse.Namesp
     return notes
 
 
-def _print(target: Target, options: argparse.Namespace, findings: Sequence[Finding], done: Sequence[str],
-           left: Sequence[str], notes: Sequence[str]) -> None:
+def _print(target: Target, options: argparse.Namespace, findings: Sequence[Finding],
+           said: Mapping[str, Sequence[str]]) -> None:
+    """said: further lines, by the word that they begin with."""
     if findings:
         proxy = "a proxy on this machine" if target.proxy else "no proxy on this machine"
         print(f"{target.streams:,} streams, {target.workers} workers, {proxy}, "
@@ -211,15 +227,16 @@ def _print(target: Target, options: argparse.Namespace, findings: Sequence[Findi
         shown = have if each.state in (ENOUGH, UNDONE) else f"{have}, needs {system.text(each.need)}"
         print(f"{each.state:8}{each.limit.name:36}{shown}{f' ({each.note})' if each.note else ''}")
         if each.boot:
-            print(f"        {each.boot.file}:{each.boot.line} sets it to {system.text(each.boot.value)} at boot: "
-                  f"take that line out, or raise it to {system.text(each.need)}")
+            print(f"        {each.boot.file}:{each.boot.line} sets it to {system.text(each.boot.value)} "
+                  f"{'at boot' if each.limit.is_sysctl else 'for the unit'}: take that line out, or raise it to "
+                  f"{system.text(each.need)}")
         if each.state == SMALL:
             text = f"{each.limit.why} Too small: {each.limit.without}"
             print(textwrap.fill(text, 100, initial_indent=" " * 8, subsequent_indent=" " * 8))
-    for title, lines in (("changed", done), ("left", left), ("note", notes)):
+    for title, lines in said.items():
         for line in lines:
             print(f"{title:8}{line}")
-    if options.action != "check" and not done and not left:
+    if options.action != "check" and not said["changed"] and not said["left"]:
         print("changed nothing")
 
 

@@ -2,47 +2,81 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from needs import LIMITS, Need, Target, nofile, queue
-from system import UNLIMITED, text
+from rooted import follow
+from system import text
+from unit import FOLDERS, UNLIMITED, Line, Unit, files_of, read
 
 SYSCTLS = Path("etc/sysctl.d/60-pushsvc.conf")
 LOGINS = Path("etc/security/limits.d/60-pushsvc.conf")
 DROP_IN = Path("etc/systemd/system/pushsvc.service.d/60-limits.conf")
-UNITS = tuple(Path(folder, "pushsvc.service") for folder in ("etc/systemd/system", "usr/lib/systemd/system"))
+UNIT = "pushsvc.service"
 SHIPPED = Path(__file__).parents[1] / "systemd/pushsvc.service"
+BACKLOG, WORKERS = "PUSHSVC_BACKLOG", "WEB_CONCURRENCY"
 STATE = Path("var/lib/pushsvc-limits/state.json")
 HEAD = "# Written by ops/limits for {} streams. `python ops/limits revert` takes it back.\n"
 
 
 def contents(target: Target, sysctls: Mapping[str, Need], root: Path, user: str, backlog: int,
-             workers: bool) -> dict[Path, bytes]:
+             workers: int) -> dict[Path, bytes]:
     """Each file below `root`, and what it is to hold. sysctls: what was raised. backlog: of the service, without being
-    told. workers: whether to set their number."""
-    most = max(nofile(target), promised(root), of_unit(SHIPPED))
-    service = [f"LimitNOFILE={'infinity' if most >= UNLIMITED else most}"]
-    waiting = max(queue(target), of_unit(root / DROP_IN, "Environment=PUSHSVC_BACKLOG"))
+    told. workers: how many the unit is told to have, 0 for what it has been told before. Raises UnitError."""
+    told = [service(root), service(root, ours=False), own(root)]
+    most = max(nofile(target), *map(promised, told), promised(read([str(SHIPPED)], Path)))
+    lines = [f"LimitNOFILE={'infinity' if most >= UNLIMITED else most}"]
+    waiting = max(queue(target), *(number(each, BACKLOG) for each in told))
     if waiting > backlog:
-        service.append(f"Environment=PUSHSVC_BACKLOG={waiting}")
-    if workers:
-        service.append(f"Environment=WEB_CONCURRENCY={target.workers}")
+        lines.append(f"Environment={BACKLOG}={waiting}")
+    if workers := workers or number(own(root), WORKERS):
+        lines.append(f"Environment={WORKERS}={workers}")
     logins = [f"{user} {kind} nofile {min(most, UNLIMITED - 1)}" for kind in ("soft", "hard")]
-    return {path: (HEAD.format(target.streams) + "\n".join(lines) + "\n").encode() for path, lines in (
-        (SYSCTLS, _sysctl_lines(sysctls)), (LOGINS, logins), (DROP_IN, ["[Service]", *service]))}
+    return {path: (HEAD.format(target.streams) + "\n".join(content) + "\n").encode() for path, content in (
+        (SYSCTLS, _sysctl_lines(sysctls)), (LOGINS, logins), (DROP_IN, ["[Service]", *lines]))}
 
 
-def promised(root: Path) -> int:
-    """The nofile that the unit has from its next start; 0 where there is none."""
-    return max(of_unit(root / path) for path in (*UNITS, DROP_IN))
+def service(root: Path, ours: bool = True) -> Unit:
+    """The unit of the system below `root`, as it will be from its next start. ours: with our drop-in. Raises
+    UnitError."""
+    find = partial(follow, root)
+    return read([file for file in files_of(UNIT, FOLDERS, find) if ours or file != f"/{DROP_IN}"], find)
 
 
-def of_unit(path: Path, name: str = "LimitNOFILE") -> int:
-    """A number of a unit or a drop-in; 0 if it is not there or has none."""
-    found = re.findall(rf"^{name}=(?:\w+:)?(\d+|infinity)$", path.read_text(), re.M) if path.is_file() else []
-    return 0 if not found else UNLIMITED if found[-1] == "infinity" else int(found[-1])
+def own(root: Path) -> Unit:
+    """What our drop-in says by itself. Raises UnitError."""
+    return read([f"/{DROP_IN}"], partial(follow, root))
+
+
+def promised(unit: Unit) -> int:
+    """Its nofile; 0 where it names none."""
+    found = unit.nofile()
+    return found[0] if found else 0
+
+
+def number(unit: Unit, variable: str) -> int:
+    """A variable of its environment; 0 where it is not set, or is no number."""
+    line = unit.variable(variable)
+    return int(line.value) if line and line.value.isdecimal() else 0
+
+
+def overruled(root: Path, target: Target, workers: int) -> list[str]:
+    """Lines of others that count more than those of our drop-in, and say less. workers: as for `contents`."""
+    unit, workers = service(root), workers or number(own(root), WORKERS)
+    told = []
+    for variable, wanted in ((BACKLOG, queue(target)), (WORKERS, workers)):
+        line, value = unit.variable(variable), number(unit, variable)
+        is_right = value == wanted if variable == WORKERS else value >= wanted
+        if wanted and line and line.file != f"/{DROP_IN}" and not is_right:
+            told.append(f"{at(root, line)} sets {variable}={line.value} for the unit: take that line out, or set it to "
+                        f"{wanted}")
+    return told
+
+
+def at(root: Path, line: Line) -> str:
+    return f"{root / line.file.lstrip('/')}:{line.number}"
 
 
 def _sysctl_lines(sysctls: Mapping[str, Need]) -> list[str]:

@@ -9,11 +9,11 @@ import resource
 from pathlib import Path
 
 from needs import Need
+from unit import UNLIMITED
 
 SYS = Path("/proc/sys")
 PROC = Path("/proc")
 MEMORY, NOFILE = "memory", "nofile"
-UNLIMITED = 1 << 31
 TRACKED = SYS / "net/netfilter/nf_conntrack_count"
 
 
