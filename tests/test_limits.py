@@ -332,6 +332,13 @@ def limit_of(said: str, name: str) -> dict[str, Any]:
     return found
 
 
+def test_raised_setting_is_written_as_high_as_an_earlier_file_has_it(machine: Machine) -> None:
+    put(machine.root, "etc/sysctl.d/50-image.conf", "net.core.somaxconn = 70000\n")
+    assert machine.run("apply")[0] == ENOUGH
+    assert machine.sysctls()["net/core/somaxconn"] == "8192"
+    assert "net.core.somaxconn = 70000\n" in (machine.root / FILES[1]).read_text()
+
+
 @pytest.mark.parametrize(("name", "line"), [
     ("etc/sysctl.conf", "net.core.somaxconn = 128"),
     ("etc/sysctl.d/99-other.conf", "net/core/somaxconn=128"),
@@ -533,6 +540,25 @@ def test_environment_that_counts_more_than_ours_is_told(variable: str, wanted: i
     assert json.loads(tool("check", "--json", *IMAGE, str(tmp_path)).stdout)["overruled"] == [told]
     path.write_text(text.replace("=3", f"={wanted}"))
     assert json.loads(tool("check", "--json", *IMAGE, str(tmp_path)).stdout)["overruled"] == []
+
+
+@pytest.mark.parametrize("name", ["etc/sysctl.d/50-image.conf", "usr/lib/sysctl.d/10-image.conf"])
+def test_file_of_sysctls_lowers_nothing_that_an_earlier_one_sets(name: str, tmp_path: Path) -> None:
+    put(tmp_path, name, "net.core.somaxconn = 70001\nfs.file-max=99999999999\nnet.ipv4.tcp_wmem = 5000\n")
+    for _ in range(2):  # the second one has our own file there as well
+        tool("apply", *IMAGE, str(tmp_path))
+        lines = dict(line.split(" = ") for line in (tmp_path / FILES[1]).read_text().splitlines()[1:])
+        assert (lines["net.core.somaxconn"], lines["fs.file-max"]) == ("70001", "99999999999")
+        least, *others = map(int, lines["net.ipv4.tcp_wmem"].split())
+        assert least == 5000
+        assert others >= [16_384, 1 << 20]
+
+
+def test_image_for_fewer_streams_lowers_nothing(tmp_path: Path) -> None:
+    tool("apply", "--no-sysctl", "--root", str(tmp_path), "--streams", "90000000", "--workers", "4")
+    once = (tmp_path / FILES[1]).read_text().splitlines()[1:]
+    tool("apply", *IMAGE, str(tmp_path))
+    assert (tmp_path / FILES[1]).read_text().splitlines()[1:] == once
 
 
 def test_number_of_workers_stays_where_none_is_given(tmp_path: Path) -> None:

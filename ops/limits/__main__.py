@@ -100,17 +100,28 @@ def apply(target: Target, options: argparse.Namespace, done: list[str]) -> None:
     state = change.State.load(options.root, places.STATE)
     findings = [found for found in check(target, options) if found.limit.is_sysctl]
     if options.no_sysctl:
-        state.written = {found.limit.name: list(found.limit.joined(found.have or found.need, found.need))
-                         for found in findings}
+        for found in findings:
+            _write(state, found.limit, found.limit.joined(found.have or found.need, found.need))
     for found in [] if options.no_sysctl else findings:
         value = found.limit.joined(found.have or found.need, found.need)
         if found.state == UNDONE:
-            state.written[found.limit.name] = list(value)  # our file may be the later one
+            _write(state, found.limit, value)  # our file may be the later one
         elif found.state == SMALL and found.have is not None and not found.note:
+            _write(state, found.limit, value)
             change.raise_sysctl(state, found.limit.name, found.have, value, done.append)
+    others, _ = boot.last_words(options.root, without=places.SYSCTLS)
+    for found in findings:
+        if found.limit.name in state.written and found.limit.name in others:
+            _write(state, found.limit, others[found.limit.name].value)
     written = {name: tuple(value) for name, value in state.written.items()}
     contents = places.contents(target, written, options.root, options.user, Settings().backlog, options.workers or 0)
     change.put_files(state, contents, done.append)
+
+
+def _write(state: change.State, limit: Limit, value: Need) -> None:
+    """Our file is to hold this, and what it holds already. Of several numbers `value` may name the first ones only."""
+    held = tuple(state.written.get(limit.name, value))
+    state.written[limit.name] = list(limit.joined(held, (*value[:len(held)], *held[len(value):])))
 
 
 def revert(options: argparse.Namespace, done: list[str]) -> list[str]:

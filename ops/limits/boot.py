@@ -28,11 +28,14 @@ class Word:
         return {"file": str(self.file), "line": self.line, "value": self.value}
 
 
-def last_words(root: Path) -> tuple[dict[str, Word], list[str]]:
-    """By the name of the sysctl, what holds after a boot of the system below `root`; and what could not be read."""
+def last_words(root: Path, without: Path | None = None) -> tuple[dict[str, Word], list[str]]:
+    """By the name of the sysctl, what holds after a boot of the system below `root`; and what could not be read.
+    without: a file that is not to count."""
     words: dict[str, Word] = {}
     unread: list[str] = []
     for file in _files(root):
+        if without and file == root / without:
+            continue
         try:
             lines = follow(root, file.relative_to(root)).read_text(errors="replace").splitlines()
         except FileNotFoundError:  # a name that is linked to nowhere, or to /dev/null in an image, sets nothing

@@ -90,7 +90,6 @@ def raise_sysctl(state: State, name: str, was: Need, value: Need, say: Say) -> N
         system.write(name, value)
     except OSError as error:
         raise ChangeError(f"{name} cannot be set to {system.text(value)}: {error.strerror}") from error
-    state.written[name] = list(value)
     say(f"{name}: {system.text(was)} -> {system.text(value)}")
 
 
