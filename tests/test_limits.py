@@ -554,6 +554,22 @@ def test_file_of_sysctls_lowers_nothing_that_an_earlier_one_sets(name: str, tmp_
         assert others >= [16_384, 1 << 20]
 
 
+@pytest.mark.parametrize(("line", "soft", "hard"), [
+    ("* - nofile 2000000", "2000000", "2000000"),
+    ("pushsvc\thard nofile 2000000 # an admin's", "1048576", "2000000"),
+    ("@pushsvc soft nofile unlimited", "unlimited", "1048576"),
+    ("other - nofile 2000000\n#* - nofile 3000000\n* - nproc 4000000", "1048576", "1048576"),
+])
+@pytest.mark.parametrize("name", ["etc/security/limits.conf", "etc/security/limits.d/50-a.conf"])
+def test_logins_get_no_fewer_descriptors_than_others_give_them(
+    name: str, line: str, soft: str, hard: str, tmp_path: Path
+) -> None:
+    put(tmp_path, name, f"# of the image\n{line}\n")
+    tool("apply", *IMAGE, str(tmp_path))
+    lines = [f"pushsvc soft nofile {soft}", f"pushsvc hard nofile {hard}"]
+    assert (tmp_path / FILES[0]).read_text().splitlines()[1:] == lines
+
+
 def test_image_for_fewer_streams_lowers_nothing(tmp_path: Path) -> None:
     tool("apply", "--no-sysctl", "--root", str(tmp_path), "--streams", "90000000", "--workers", "4")
     once = (tmp_path / FILES[1]).read_text().splitlines()[1:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ UNIT = "pushsvc.service"
 SHIPPED = Path(__file__).parents[1] / "systemd/pushsvc.service"
 BACKLOG, WORKERS = "PUSHSVC_BACKLOG", "WEB_CONCURRENCY"
 STATE = Path("var/lib/pushsvc-limits/state.json")
+LOGIN_LINE = re.compile(r"^[ \t]*([^\s#]\S*)[ \t]+(soft|hard|-)[ \t]+nofile[ \t]+(\d+|-1|unlimited|infinity)\b", re.M)
 HEAD = "# Written by ops/limits for {} streams. `python ops/limits revert` takes it back.\n"
 
 
@@ -33,9 +35,26 @@ def contents(target: Target, sysctls: Mapping[str, Need], root: Path, user: str,
         lines.append(f"Environment={BACKLOG}={waiting}")
     if workers := workers or number(own(root), WORKERS):
         lines.append(f"Environment={WORKERS}={workers}")
-    logins = [f"{user} {kind} nofile {min(most, UNLIMITED - 1)}" for kind in ("soft", "hard")]
+    logins = [f"{user} {kind} nofile {_unless_unlimited(max(most, has))}" for kind, has in _of_logins(root, user).items()]
     return {path: (HEAD.format(target.streams) + "\n".join(content) + "\n").encode() for path, content in (
         (SYSCTLS, _sysctl_lines(sysctls)), (LOGINS, logins), (DROP_IN, ["[Service]", *lines]))}
+
+
+def _of_logins(root: Path, user: str) -> dict[str, int]:
+    """The soft and the hard nofile that files of others give this user, or may give him: the line may be of a group."""
+    most = {"soft": 0, "hard": 0}
+    for name in (LOGINS.parent.with_name("limits.conf"), *sorted(follow(root, LOGINS.parent).glob("*.conf"))):
+        place = follow(root, name.relative_to(root) if name.is_absolute() else name)
+        text = place.read_text(errors="replace") if place.is_file() and name.name != LOGINS.name else ""
+        for domain, kind, value in LOGIN_LINE.findall(text):
+            for each in most if kind == "-" else (kind,):
+                if domain in (user, "*") or domain[0] == "@" or ":" in domain:
+                    most[each] = max(most[each], int(value) if value.isdecimal() else UNLIMITED)
+    return most
+
+
+def _unless_unlimited(number: int) -> int | str:
+    return number if number < UNLIMITED else "unlimited"
 
 
 def service(root: Path, ours: bool = True) -> Unit:
