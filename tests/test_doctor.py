@@ -563,6 +563,47 @@ def test_limits_and_environment_of_the_unit_count_instead_of_those_of_the_shell(
     assert str(place / "pushsvc" / "pushsvc.db") in run.report["facts"]["process"]
 
 
+def test_drop_ins_and_all_files_of_environment_count_as_for_systemd(place: Path) -> None:
+    unit, first, second = place / "pushsvc.service", place / "a.env", place / "b.env"
+    first.write_text("PUSHSVC_AUTH=none\nPUSHSVC_BIND=127.0.0.1:8000\n")
+    second.write_text("# b\nPUSHSVC_BIND='0.0.0.0:8000'\n")
+    unit.write_text(f"[Service]\nEnvironmentFile={first}\nEnvironmentFile=-{place}/nowhere.env\nLimitNOFILE=1M\n"
+                    "Environment=PUSHSVC_BIND=127.0.0.2:8000\n")
+    drop_ins = place / "pushsvc.service.d"
+    drop_ins.mkdir()
+    (drop_ins / "60-limits.conf").write_text("[Service]\nLimitNOFILE = 2K\n")
+    (drop_ins / "10-env.conf").write_text(f"[Service]\nEnvironmentFile={second}\nLimitNOFILE=100\nTimeoutStopSec=20\n")
+
+    run = process(place, "--streams", "5000", "--unit", str(unit))
+
+    found = run.finding("descriptors")
+    assert (found["file"], found["line"]) == (str(drop_ins / "60-limits.conf"), 2)
+    assert "2048 descriptors (LimitNOFILE)" in found["seen"]
+    found = run.finding("graceful")
+    assert (found["file"], found["line"]) == (str(drop_ins / "10-env.conf"), 4)
+    assert "it listens on ['0.0.0.0', 8000]" in run.finding("access")["seen"]
+    assert (run.finding("access")["file"], run.finding("access")["line"]) == (str(first), 1)
+    (drop_ins / "70-more.conf").write_text("[Service]\nLimitNOFILE=64K\n")
+    assert "descriptors" not in process(place, "--streams", "5000", "--unit", str(unit)).checks
+
+
+@pytest.mark.parametrize(("option", "content", "said"), [
+    ("--unit", b"[Service]\nUser=\xff\n", "it is no UTF-8"),
+    ("--unit", b"[Service]\nEnvironment='A=1\n", ":2 cannot be read: No closing quotation"),
+    ("--env", b"A=\xff\n", "it is no UTF-8"),
+])
+def test_unit_or_environment_that_cannot_be_read_leaves_the_process_unexamined(
+    option: str, content: bytes, said: str, place: Path
+) -> None:
+    file = place / "file"
+    file.write_bytes(content)
+    run = process(place, option, str(file))
+    assert run.code == UNEXAMINED
+    (failed,) = run.report["failed"]
+    assert failed.startswith(f"the process: {file}")
+    assert said in failed
+
+
 def test_more_streams_than_a_proxy_has_ports_are_found_where_a_proxy_is(place: Path, server: Server) -> None:
     run = doctor("--config", str(place / "gunicorn.conf.py"), "--streams", "90000", "--url", server.url, "--token",
                  token(), "--seconds", "1", env={"PUSHSVC_JWT_KEY": KEY})

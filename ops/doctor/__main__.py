@@ -23,6 +23,7 @@ from host import HostError  # noqa: E402
 from wire import parse  # noqa: E402
 
 from ops.bench.terminal import Progress, answered  # noqa: E402
+from ops.limits.unit import UnitError  # noqa: E402
 
 CLEAN, FOUND, UNEXAMINED, BROKEN_OFF = 0, 1, 3, 130  # 2 is argparse's
 MOST_SECONDS = 86_400
@@ -42,7 +43,7 @@ def _process(options: argparse.Namespace) -> Report:
     asked = checks.Asked(options.config, options.env, options.unit, options.streams, bool(options.url))
     try:
         return process.examine(asked)
-    except (HostError, OSError) as error:
+    except (HostError, UnitError, OSError) as error:
         return Report(failed=[f"the process: {error}"])
 
 
@@ -70,7 +71,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", default=str(ROOT / "gunicorn.conf.py"), metavar="FILE",
                         help="gunicorn's (%(default)s)")
     parser.add_argument("--env", default="", metavar="FILE", help="the service's environment, NAME=value a line")
-    parser.add_argument("--unit", default="", metavar="FILE", help="the service's systemd unit, for its limits")
+    parser.add_argument("--unit", default="", metavar="FILE", help="the service's systemd unit, with its drop-ins")
     parser.add_argument("--streams", type=int, default=10_000, help="how many are expected at once (%(default)s)")
     parser.add_argument("--only", default="", choices=("process", "path"), help="one part (path: any SSE server)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")

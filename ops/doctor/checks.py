@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import host
 from finding import Finding
 from host import Limits, Log, Service
 
 from ops.limits import needs
+from ops.limits.unit import Unit
 
 STOP_MARGIN = 5  # seconds that the master needs after its workers
 WORKER = "PushWorker"
@@ -26,13 +26,19 @@ SYSCTL = "/etc/sysctl.d/60-pushsvc.conf"  # as ops/limits writes it
 @dataclass(frozen=True, slots=True)
 class Asked:
     """config: gunicorn's. env, unit: files, "" for none. streams: how many are expected at once. behind: whether a proxy
-    stands before it."""
+    stands before it. told: what env and unit say."""
 
     config: str
     env: str = ""
     unit: str = ""
     streams: int = 10_000
     behind: bool = False
+    told: Unit = field(default_factory=Unit)
+
+    def place_of(self, variable: str) -> tuple[str, int]:
+        """File and line that set a variable of the environment; "" and 0 where none of them does."""
+        line = self.told.variable(variable)
+        return (line.file, line.number) if line else ("", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +63,12 @@ class Seen:
 
     def of_service(self, variable: str) -> tuple[str, int]:
         """Where a variable of the environment is, or belongs."""
-        file, line = host.place_of(variable, self.asked.env, self.asked.unit)
+        file, line = self.asked.place_of(variable)
         return (file, line) if line else (self.asked.env or f"environment: {variable}", 0)
 
     def of_unit(self, name: str) -> tuple[str, int]:
-        file = self.asked.unit
-        return (file, host.line_of(file, rf"^{name}=")) if file else ("", 0)
+        line = self.asked.told.last(name)
+        return (line.file, line.number) if line else (self.asked.unit, 0)
 
 
 def streams_of(seen: Seen) -> int:
@@ -101,7 +107,7 @@ def stopped(asked: Asked, message: str) -> Finding:
 
 def _place_of_named(asked: Asked, message: str) -> tuple[str, int]:
     for variable in VARIABLE.findall(message):
-        file, line = host.place_of(variable, asked.env, asked.unit)
+        file, line = asked.place_of(variable)
         if line:
             return file, line
         if variable in os.environ:
@@ -204,11 +210,12 @@ def _graceful(seen: Seen) -> Iterator[Finding]:
 
 
 def _unit(seen: Seen) -> Iterator[Finding]:
-    graceful, (file, line) = seen.service.gunicorn["graceful_timeout"], seen.of_unit("TimeoutStopSec")
-    waits = _seconds(Path(file).read_text().splitlines()[line - 1].partition("=")[2]) if line else None
+    graceful, line = seen.service.gunicorn["graceful_timeout"], seen.asked.told.last("TimeoutStopSec")
+    waits = _seconds(line.value) if line else None
     if waits is not None and waits < graceful + STOP_MARGIN:
         yield Finding("graceful", f"TimeoutStopSec is {waits:g} s, graceful_timeout {graceful} s",
-                      "systemd kills what is still draining", f"TimeoutStopSec={graceful + STOP_MARGIN}", file, line)
+                      "systemd kills what is still draining", f"TimeoutStopSec={graceful + STOP_MARGIN}",
+                      *seen.of_unit("TimeoutStopSec"))
 
 
 def _seconds(text: str) -> float | None:

@@ -8,7 +8,6 @@ import os
 import pwd
 import re
 import resource
-import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,8 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from ops.limits.unit import FOLDERS, UNLIMITED, Unit, drop_ins, read
 
 HERE = Path(__file__).parent
 PROC = Path("/proc/sys")
@@ -77,39 +78,26 @@ class Service:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def environment(path: str, unit: str, inherited: Mapping[str, str]) -> dict[str, str]:
-    """`inherited`, what the unit sets, and what the file sets, one NAME=value a line, as systemd's EnvironmentFile.
-    Raises OSError."""
-    set_there = [pair.partition("=") for value in _values(unit, "Environment") for pair in shlex.split(value)]
-    lines = [line.strip() for line in Path(path).read_text().splitlines()] if path else []
-    pairs = [line.partition("=") for line in lines if line and line[0] not in "#;" and "=" in line]
-    return {**inherited, **{name: value for name, _, value in set_there},
-            **{name.strip(): _unquoted(value.strip()) for name, _, value in pairs}}
+def told(unit: str, env: str) -> Unit:
+    """What the unit with its drop-ins says, "" for none, and the file of environment, "" for those that the unit names.
+    Raises HostError, UnitError."""
+    folder, name = str(Path(unit).parent), Path(unit).name
+    folders = FOLDERS if folder in FOLDERS else (folder,)
+    found = read([unit, *drop_ins(name, folders, Path)] if unit else [], Path, env)
+    if found.unread:
+        raise HostError(found.unread[0])
+    return found
 
 
-def environment_file(unit: str) -> str:
-    """The one that a unit names; "" for none that is there. Raises OSError."""
-    files = [value.removeprefix("-") for value in _values(unit, "EnvironmentFile")]
-    return next((file for file in files if Path(file).is_file()), "")
-
-
-def user_of(unit: str) -> User | None:
-    """The unit's User, with its Group; None where it names none. Raises OSError, KeyError for one that is not there."""
-    if not (names := _values(unit, "User")):
+def user_of(unit: Unit) -> User | None:
+    """The unit's User, with its Group; None where it names none. Raises KeyError for one that is not there."""
+    if not (user := unit.last("User")):
         return None
-    entry = pwd.getpwuid(int(names[-1])) if names[-1].isdecimal() else pwd.getpwnam(names[-1])
-    group = (_values(unit, "Group") or [str(entry.pw_gid)])[-1]
+    entry = pwd.getpwuid(int(user.value)) if user.value.isdecimal() else pwd.getpwnam(user.value)
+    named = unit.last("Group")
+    group = named.value if named else str(entry.pw_gid)
     gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
     return User(entry.pw_name, entry.pw_uid, gid, tuple(os.getgrouplist(entry.pw_name, gid)))
-
-
-def _values(unit: str, name: str) -> list[str]:
-    """All that a unit, "" for none, sets under a name."""
-    return re.findall(rf"^{name}=(.+)$", Path(unit).read_text(), re.M) if unit else []
-
-
-def _unquoted(value: str) -> str:
-    return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'" else value
 
 
 def load(config: str, environ: Mapping[str, str]) -> Service:
@@ -146,13 +134,12 @@ def _last_line(text: str) -> str:
     return lines[-1].removeprefix("pushsvc: ") if lines else ""
 
 
-def limits(unit: str) -> Limits:
-    """unit: a systemd unit whose LimitNOFILE holds instead of ours; "" for none. Raises OSError."""
+def limits(unit: Unit) -> Limits:
+    """unit: whose LimitNOFILE holds instead of ours, if it has one. Raises OSError."""
     hard, source = resource.getrlimit(resource.RLIMIT_NOFILE)[1], "`ulimit -Hn` of this shell"
     nr_open = _number("fs/nr_open")
-    if found := _values(unit, "LimitNOFILE"):
-        last = found[-1].rpartition(":")[2]
-        hard, source = int(last) if last.isdecimal() else nr_open, "LimitNOFILE"  # else it is `infinity`
+    if found := unit.nofile():
+        hard, source = found[0] if found[0] < UNLIMITED else nr_open, "LimitNOFILE"
     low, high = map(int, (PROC / "net/ipv4/ip_local_port_range").read_text().split())
     return Limits(INFINITE if hard == resource.RLIM_INFINITY else hard, source, nr_open, _number("fs/file-max"),
                   _number("net/core/somaxconn"), high - low + 1)
@@ -162,7 +149,7 @@ def _number(name: str) -> int:
     return int((PROC / name).read_text().split()[0])
 
 
-def log_of(broker_url: str, directory: Path, unit: str, user: User | None) -> Log:
+def log_of(broker_url: str, directory: Path, unit: Unit, user: User | None) -> Log:
     """directory: the one that the service is started in. user: of the unit."""
     scheme, _, rest = broker_url.partition(":")
     if scheme != "sqlite":
@@ -178,9 +165,9 @@ def log_of(broker_url: str, directory: Path, unit: str, user: User | None) -> Lo
                shutil.disk_usage(nearest).free, held)
 
 
-def _is_handed_over(path: Path, unit: str, user: User) -> bool:
+def _is_handed_over(path: Path, unit: Unit, user: User) -> bool:
     """Whether systemd gives the user a folder that it does not have yet: at the start, the unit's StateDirectory."""
-    states = [STATES / name.partition(":")[0] for value in _values(unit, "StateDirectory") for name in value.split()]
+    states = [STATES / name.partition(":")[0] for line in unit.all("StateDirectory") for name in line.value.split()]
     return any(path.is_relative_to(state) and not (state.is_dir() and state.stat().st_uid == user.uid)
                for state in states)
 
@@ -208,15 +195,7 @@ def has_parser() -> bool:
 def line_of(path: str, pattern: str) -> int:
     """The last line that matches, for that is the one that counts; 0 for none."""
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_text(errors="replace").splitlines()
     except OSError:
         return 0
     return max((number for number, line in enumerate(lines, 1) if re.search(pattern, line)), default=0)
-
-
-def place_of(variable: str, env: str, unit: str) -> tuple[str, int]:
-    """File and line that set a variable of the environment; "" and 0 where none of them does."""
-    for file, pattern in ((env, rf"^\s*{variable}\s*="), (unit, rf"^Environment=(.*[\s\"'])?{variable}=")):
-        if file and (line := line_of(file, pattern)):
-            return file, line
-    return "", 0

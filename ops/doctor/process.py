@@ -11,30 +11,32 @@ import host
 from checks import CHECKS, Asked, Seen, stopped, streams_of
 from finding import Report
 
+from ops.limits.unit import Unit
 from pushsvc.errors import SettingsError
 from pushsvc.settings import workers_asked
 
 
 def examine(asked: Asked) -> Report:
-    """Raises HostError, OSError."""
-    asked = replace(asked, env=asked.env or host.environment_file(asked.unit))
-    environ = host.environment(asked.env, asked.unit, os.environ)
+    """Raises HostError, UnitError, OSError."""
+    told = host.told(asked.unit, asked.env)
+    asked = replace(asked, told=told, env=next((file for file in reversed(told.files) if Path(file).is_file()), ""))
+    environ = {**os.environ, **{line.name: line.value for line in told.variables}}
     service = _load(asked, environ)
     if not service.settings:
         return Report([stopped(asked, service.stopped)],
                       notes=["the rest of the process: its settings are not known"])
     directory = Path(asked.config).absolute().parent
-    user, notes = _user(asked.unit)
-    log = host.log_of(service.settings["broker_url"], directory, asked.unit, user)
-    seen = Seen(asked, service, host.limits(asked.unit), log, host.try_broker(environ, log, directory),
+    user, notes = _user(told)
+    log = host.log_of(service.settings["broker_url"], directory, told, user)
+    seen = Seen(asked, service, host.limits(told), log, host.try_broker(environ, log, directory),
                 host.has_parser(), environ.get("GUNICORN_CMD_ARGS", ""))
     broker = service.settings["broker_url"].partition("?")[0].rpartition("@")[2]  # without a password
     facts = {"process": f"{service.gunicorn['workers']} workers, {streams_of(seen)} streams each, {broker}"}
     return Report([finding for check in CHECKS for finding in check(seen)], notes=notes, facts=facts)
 
 
-def _user(unit: str) -> tuple[host.User | None, list[str]]:
-    """Whose rights are to be judged, None for our own; and what there is to say of it. Raises OSError."""
+def _user(unit: Unit) -> tuple[host.User | None, list[str]]:
+    """Whose rights are to be judged, None for our own; and what there is to say of it."""
     try:
         user = host.user_of(unit)
     except KeyError as error:

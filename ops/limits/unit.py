@@ -34,10 +34,11 @@ class Line:
 @dataclass(frozen=True, slots=True)
 class Unit:
     """lines: of the section of the service, in the order in which they count. variables: all that its environment is
-    told, the last one of a name counts. unread: which files could not be read, and why."""
+    told, the last one of a name counts. files: of environment. unread: which files could not be read, and why."""
 
     lines: tuple[Line, ...] = ()
     variables: tuple[Line, ...] = ()
+    files: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
 
     def all(self, name: str) -> list[Line]:
@@ -56,18 +57,17 @@ class Unit:
         return next(((number, line) for number, line in reversed(lines) if number is not None), None)
 
 
-def read(files: Iterable[str], find: Find, more: str = "") -> Unit:
-    """The unit and its drop-ins, in their order. more: a file of environment besides those that they name, "" for none.
-    Raises UnitError."""
+def read(files: Iterable[str], find: Find, env: str = "") -> Unit:
+    """The unit and its drop-ins, in their order. env: a file of environment instead of those that they name, "" for
+    none. Raises UnitError."""
     unread: list[str] = []
     lines = tuple(line for file in files for line in _lines(file, _text(file, find, unread)))
     named = _since_empty(line for line in lines if line.name == "EnvironmentFile")
     set_here = [line for each in _since_empty(line for line in lines if line.name == "Environment")
                 for line in _words(each)]
-    places = [place for line in named for place in _matching(line.value.removeprefix("-"), find)]
-    set_there = [line for file in [*places, *([more] if more else [])]
-                 for line in _variables(file, _text(file, find, unread))]
-    return Unit(lines, (*set_here, *set_there), tuple(unread))
+    places = [env] if env else [place for line in named for place in _matching(line.value.removeprefix("-"), find)]
+    set_there = [line for file in places for line in _variables(file, _text(file, find, unread))]
+    return Unit(lines, (*set_here, *set_there), tuple(places), tuple(unread))
 
 
 def files_of(name: str, folders: Iterable[str], find: Find) -> list[str]:
@@ -142,7 +142,7 @@ def _matching(name: str, find: Find) -> list[str]:
     folder, _, last = name.rpartition("/")
     if not any(sign in last for sign in "*?["):
         return [name]
-    return sorted(f"{folder}/{each.name}" for each in find(folder).glob(last))
+    return sorted(f"{folder}/{each.name}" for each in find(folder or "/").glob(last))
 
 
 def _text(file: str, find: Find, unread: list[str]) -> str:
