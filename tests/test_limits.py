@@ -1,6 +1,7 @@
 """ops/limits: what it computes, and that it leaves a machine as it found it."""
 
 import contextlib
+import errno
 import importlib
 import json
 import os
@@ -16,7 +17,7 @@ import pytest
 
 from ops.bench import terminal
 from ops.plan import calibration
-from tests.support.programs import missing
+from tests.support.programs import missing, program
 from tests.support.server import ROOT
 from tests.test_plan import KNOWN
 
@@ -466,6 +467,27 @@ def test_folder_of_an_image_that_is_a_link_leads_nowhere_out_of_it(link: str, tm
     assert [path for path in image.rglob("60-pushsvc.conf") if path.parent.name in ("host", "inside")]
     assert tool("revert", *IMAGE, str(image)).returncode == ENOUGH
     assert tree(tmp_path) == before
+
+
+def test_disk_that_is_full_leaves_no_file_behind(tmp_path: Path) -> None:
+    """Of the state, which is written first."""
+    before = tree(tmp_path)
+    command = [program("prlimit"), "--fsize=1", sys.executable, str(LIMITS), "apply", *IMAGE, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (FAILED, "limits: [Errno 27] File too large\n")
+    assert tree(tmp_path) == before
+
+
+def test_file_that_cannot_be_written_is_not_left_by_half(needs: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = put(tmp_path, "file", "before")
+    change = importlib.import_module("change")
+    monkeypatch.setattr(change.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        change.replace(path, b"after")
+    assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("file", "before")]
 
 
 def test_link_of_an_image_that_leads_to_itself_is_told(tmp_path: Path) -> None:

@@ -75,7 +75,18 @@ class State:
     def save(self) -> None:
         self.make(self.path.parent)
         names = ("sysctls", "files", "folders", "written")
-        replace(self.path, json.dumps({"version": VERSION} | {name: getattr(self, name) for name in names}).encode())
+        try:
+            replace(self.path, json.dumps({"version": VERSION} | {name: getattr(self, name) for name in names}).encode())
+        except OSError:
+            if not self.path.exists():
+                self.remove_folders()  # nobody would know of them
+            raise
+
+    def remove_folders(self) -> None:
+        """Those that were made, and that nobody has put something into."""
+        for folder in sorted(self.folders, key=len, reverse=True):
+            with suppress(OSError):
+                self.place(folder).rmdir()
 
     def is_empty(self) -> bool:
         return not (self.sysctls or self.files)
@@ -145,9 +156,7 @@ def revert(state: State, force: bool, say: Say) -> list[str]:
     state.save()
     if state.is_empty():
         state.path.unlink()
-        for folder in sorted(state.folders, key=len, reverse=True):
-            with suppress(OSError):  # others have put something into it
-                state.place(folder).rmdir()
+        state.remove_folders()
     return left
 
 
@@ -200,14 +209,19 @@ def _restore(path: Path, was: bytes | None, noted: dict[str, Any]) -> None:
 
 
 def replace(path: Path, content: bytes, mode: int = 0o644) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all. Raises OSError."""
     new = _beside(path)
-    with new.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    new.chmod(mode)
-    new.rename(path)
+    try:
+        with new.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        new.chmod(mode)
+        new.rename(path)
+    except OSError:
+        with suppress(OSError):
+            new.unlink()
+        raise
 
 
 def _beside(path: Path) -> Path:
