@@ -24,6 +24,7 @@ from tests.test_plan import KNOWN
 LIMITS = ROOT / "ops" / "limits"
 ENOUGH, SMALL, USAGE, FAILED, CHANGED = range(5)
 GIB = 1 << 30
+UNIT = "etc/systemd/system/pushsvc.service"
 SEEN = ("net/core/somaxconn", "net/ipv4/tcp_max_syn_backlog", "net/ipv4/ip_local_port_range", "net/ipv4/tcp_rmem",
         "net/ipv4/tcp_wmem", "net/ipv4/tcp_max_tw_buckets", "fs/file-max", "fs/nr_open")
 LOW = {"net/core/somaxconn": "77", "net/ipv4/ip_local_port_range": "30000\t30100",
@@ -469,6 +470,36 @@ def test_folder_of_an_image_that_is_a_link_leads_nowhere_out_of_it(link: str, tm
     assert tree(tmp_path) == before
 
 
+NO_STATES = ["", "[]", "null", '{"version": 1, "x": 2}', '{"version": 1, "files": []}', '{"version": 1, "folders": [1]}',
+             '{"version": 1, "sysctls": {"a": {}}}', '{"version": 1, "sysctls": {"a": {"was": [1], "set": ["2"]}}}',
+             '{"version": 1, "files": {"a": {"was": null}}}', '{"version": 1, "files": {"a": {"was": "%", "set": "="}}}',
+             '{"version": 1, "files": {"a": {"was": "", "set": ""}}}', '{"version": 1, "written": {"a": null}}',
+             '{"version": 2}', '{"version": 1, "files": {"a": {"was": null, "set": "", "link": "b", "owner": [0]}}}']
+
+
+@pytest.mark.parametrize("content", NO_STATES)
+@pytest.mark.parametrize("action", ["apply", "revert"])
+def test_state_that_is_none_is_told_and_kept(action: str, content: str, tmp_path: Path) -> None:
+    state = put(tmp_path, FILES[3], content)
+    done = tool(action, "--json", *IMAGE, str(tmp_path))
+    assert (done.returncode, done.stderr.count("\n")) == (FAILED, 1)
+    assert done.stderr == f"limits: {json.loads(done.stdout)['error']}\n"
+    assert str(state) in done.stderr
+    assert state.read_text() == content
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    (b"[Service]\nUser=\xff\n", f"/{UNIT} cannot be read: it is no UTF-8"),
+    (b"[Service]\nEnvironment='A=1\n", f"/{UNIT}:2 cannot be read: No closing quotation"),
+])
+def test_unit_that_cannot_be_read_is_told(content: bytes, said: str, tmp_path: Path) -> None:
+    put(tmp_path, UNIT, "").write_bytes(content)
+    for action in ("check", "apply"):
+        done = tool(action, "--json", *IMAGE, str(tmp_path))
+        assert (done.returncode, done.stderr) == (FAILED, f"limits: {said}\n")
+        assert json.loads(done.stdout)["error"] == said
+
+
 def test_disk_that_is_full_leaves_no_file_behind(tmp_path: Path) -> None:
     """Of the state, which is written first."""
     before = tree(tmp_path)
@@ -497,7 +528,6 @@ def test_link_of_an_image_that_leads_to_itself_is_told(tmp_path: Path) -> None:
     assert "Too many levels of symbolic links" in done.stderr
 
 
-UNIT = "etc/systemd/system/pushsvc.service"
 MORE_DESCRIPTORS = {
     "the unit": {UNIT: "LimitNOFILE = 2M"},
     "the unit, without a bound": {UNIT: "LimitNOFILE=infinity"},
@@ -647,7 +677,7 @@ def test_who_is_not_root_is_told_so(action: str) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["raise"], ["--streams", "many"], ["--streams", "0"], ["--workers", "-1"],
-                                       ["--workers", "5000"]])
+                                       ["--workers", "5000"], ["--streams", "9" * 400], ["--pid", "9" * 20]])
 def test_wrong_usage_is_told(arguments: list[str]) -> None:
     assert tool(*arguments).returncode == USAGE
 

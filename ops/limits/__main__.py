@@ -34,6 +34,8 @@ from ops.bench.terminal import answered
 from pushsvc.settings import MOST_WORKERS, Settings  # the numbers of the service have their home there
 
 ENOUGH, SMALL, UNDONE, LATER, UNUSED, ABSENT = "enough", "small", "undone", "later", "unused", "absent"
+MOST_STREAMS = 1_000_000_000
+MOST_PID = 1 << 22  # of any kernel
 OK, TOO_SMALL, USAGE, FAILED, CHANGED = range(5)
 
 
@@ -149,11 +151,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python ops/limits", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", nargs="?", choices=("check", "apply", "revert"), default="check")
-    parser.add_argument("--streams", type=_count, default=100_000, help="of all workers together (%(default)s)")
+    parser.add_argument("--streams", type=_streams, default=100_000, help="of all workers together (%(default)s)")
     parser.add_argument("--workers", type=_workers, help="WEB_CONCURRENCY; apply sets it for the unit (as that has it, "
                         "else one per core)")
     parser.add_argument("--no-proxy", action="store_true", help="the proxy is on another machine, or there is none")
-    parser.add_argument("--pid", type=_count, help="check the descriptors of this process, not of one started from here")
+    parser.add_argument("--pid", type=_pid, help="check the descriptors of this process, not of one started from here")
     parser.add_argument("--user", default="pushsvc", help="whose logins get the descriptors (%(default)s)")
     parser.add_argument("--root", type=Path, default=Path("/"), help="where the files go: an image, say (%(default)s)")
     parser.add_argument("--no-sysctl", action="store_true", help="apply: write the files only, with every setting")
@@ -171,6 +173,18 @@ def _count(text: str) -> int:
     number = int(text.replace("_", "").replace(",", ""))
     if number < 1:
         raise argparse.ArgumentTypeError("at least 1")
+    return number
+
+
+def _streams(text: str) -> int:
+    if (number := _count(text)) > MOST_STREAMS:
+        raise argparse.ArgumentTypeError(f"at most {MOST_STREAMS:,}")
+    return number
+
+
+def _pid(text: str) -> int:
+    if (number := _count(text)) > MOST_PID:
+        raise argparse.ArgumentTypeError(f"at most {MOST_PID:,}")
     return number
 
 

@@ -16,6 +16,7 @@ from needs import Need
 from rooted import follow
 
 VERSION = 1
+KEPT: dict[str, type] = {"sysctls": dict, "files": dict, "folders": list, "written": dict}  # in the file of the state
 Say = Callable[[str], None]
 
 
@@ -46,8 +47,12 @@ class State:
             return cls(root, path)
         except (OSError, ValueError) as error:
             raise ChangeError(f"{path} cannot be read: {error}") from error
+        if not isinstance(found, dict):
+            raise ChangeError(f"{path} is no state")
         if found.pop("version", None) != VERSION:
             raise ChangeError(f"{path} is of another version")
+        if not _is_state(found):
+            raise ChangeError(f"{path} is no state")
         state = cls(root, path, **found)
         state.files = {state._below(name): noted for name, noted in state.files.items()}
         return state
@@ -74,9 +79,8 @@ class State:
 
     def save(self) -> None:
         self.make(self.path.parent)
-        names = ("sysctls", "files", "folders", "written")
         try:
-            replace(self.path, json.dumps({"version": VERSION} | {name: getattr(self, name) for name in names}).encode())
+            replace(self.path, json.dumps({"version": VERSION} | {name: getattr(self, name) for name in KEPT}).encode())
         except OSError:
             if not self.path.exists():
                 self.remove_folders()  # nobody would know of them
@@ -90,6 +94,31 @@ class State:
 
     def is_empty(self) -> bool:
         return not (self.sysctls or self.files)
+
+
+def _is_state(found: dict[str, Any]) -> bool:
+    """Whether it has what `save` writes."""
+    sysctls, files, folders, written = (found.get(name, kind()) for name, kind in KEPT.items())
+    return (found.keys() <= KEPT.keys() and all(isinstance(found[name], KEPT[name]) for name in found)
+            and all(isinstance(noted, dict) and {"was", "set"} <= noted.keys() and all(map(_is_need, noted.values()))
+                    for noted in sysctls.values())
+            and all(isinstance(noted, dict) and _is_file(noted) for noted in files.values())
+            and all(isinstance(folder, str) for folder in folders) and all(map(_is_need, written.values())))
+
+
+def _is_need(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(number) is int for number in value)
+
+
+def _is_file(noted: dict[str, Any]) -> bool:
+    """A link has its `link` and a file that was there its `mode`; both have their `owner`."""
+    there = noted.get("was") is not None or "link" in noted
+    with suppress(KeyError, TypeError, ValueError):
+        _bytes(noted["set"]), _bytes(noted["was"])
+        return (isinstance(noted["set"], str) and isinstance(noted.get("link", ""), str)
+                and isinstance(noted["mode"] if noted["was"] is not None else 0, int)
+                and (not there or (_is_need(noted["owner"]) and len(noted["owner"]) == 2)))
+    return False
 
 
 def raise_sysctl(state: State, name: str, was: Need, value: Need, say: Say) -> None:
