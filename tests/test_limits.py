@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import importlib
+import io
 import json
 import os
 import shutil
@@ -708,6 +709,31 @@ def test_tool_whose_answer_nobody_reads_ends_without_a_word(command: list[str], 
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
+@pytest.mark.parametrize("options", [[], ["-u"]], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize(("name", "command"), ANSWERS.items(), ids=ANSWERS)
+def test_tool_whose_answer_cannot_be_written_says_so_in_a_line(
+    name: str, command: list[str], options: list[str], tmp_path: Path
+) -> None:
+    calibration.save(KNOWN, tmp_path / "known")
+    command = [*options, *(each.format(calibration=tmp_path / "known") for each in command)]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, *command], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60,
+                              check=False, cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": ""})
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith(f"{name}: ")
+    assert done.stderr.endswith("No space left on device\n")
+
+
+def test_progress_says_nothing_where_standard_error_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after `2>&-`."""
+    monkeypatch.setattr(sys, "stderr", None)
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), terminal.Progress() as progress:
+        progress.say("a line")
+        progress.show("a bar", 1, 2)
+    assert (output.getvalue(), progress.is_terminal) == ("", False)
+
+
 @pytest.mark.parametrize("action", ["check", "apply", "revert"])
 @pytest.mark.parametrize("name", ["missing", "file"])
 def test_root_that_is_no_folder_is_wrong_usage_and_nothing_is_made(action: str, name: str, tmp_path: Path) -> None:
@@ -753,8 +779,16 @@ def test_broken_connection_is_not_taken_for_an_answer_that_nobody_reads() -> Non
     def broken() -> int:
         raise BrokenPipeError("of a connection")
 
-    with Path(os.devnull).open("w") as output, contextlib.redirect_stdout(output), pytest.raises(BrokenPipeError):
-        terminal.answered(broken)
+    def full() -> int:
+        raise OSError(errno.ENOSPC, "of a file")
+
+    with Path(os.devnull).open("w") as output, contextlib.redirect_stdout(output):
+        with pytest.raises(BrokenPipeError):
+            terminal.answered(broken)
+        with pytest.raises(FileNotFoundError):
+            terminal.answered(lambda: len(os.listdir("/nowhere")))
+        with pytest.raises(OSError, match="of a file"):
+            terminal.answered(full)
 
 
 def test_limits_of_a_process_are_those_that_it_has() -> None:
