@@ -501,6 +501,20 @@ def test_unit_that_cannot_be_read_is_told(content: bytes, said: str, tmp_path: P
         assert json.loads(done.stdout)["error"] == said
 
 
+@pytest.mark.parametrize("user", ["a b\n* - nofile 1", "a b", "a\n", "", "*", "#a", "@", "1:2"])
+def test_user_that_is_no_name_is_wrong_usage(user: str, tmp_path: Path) -> None:
+    done = tool("apply", *IMAGE, str(tmp_path), f"--user={user}")
+    assert done.returncode == USAGE
+    assert done.stderr.endswith("argument --user: the name of a user, or of a group after @\n")
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("user", ["www-data", "@push", "push.svc@example.com"])
+def test_user_or_group_gets_the_descriptors(user: str, tmp_path: Path) -> None:
+    tool("apply", *IMAGE, str(tmp_path), f"--user={user}")
+    assert (tmp_path / FILES[0]).read_text().splitlines()[1].startswith(f"{user} soft nofile ")
+
+
 def test_disk_that_is_full_leaves_no_file_behind(tmp_path: Path) -> None:
     """Of the state, which is written first."""
     before = tree(tmp_path)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,7 @@ from pushsvc.settings import MOST_WORKERS, Settings  # the numbers of the servic
 
 ENOUGH, SMALL, UNDONE, LATER, UNUSED, ABSENT = "enough", "small", "undone", "later", "unused", "absent"
 MOST_STREAMS = 1_000_000_000
+USER = re.compile(r"@?\w[\w.@-]*", re.ASCII)  # of the forms of limits.conf; it begins a line there
 MOST_PID = 1 << 22  # of any kernel
 OK, TOO_SMALL, USAGE, FAILED, CHANGED = range(5)
 
@@ -156,7 +158,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         "else one per core)")
     parser.add_argument("--no-proxy", action="store_true", help="the proxy is on another machine, or there is none")
     parser.add_argument("--pid", type=_pid, help="check the descriptors of this process, not of one started from here")
-    parser.add_argument("--user", default="pushsvc", help="whose logins get the descriptors (%(default)s)")
+    parser.add_argument("--user", type=_user, default="pushsvc", help="whose logins get the descriptors (%(default)s)")
     parser.add_argument("--root", type=Path, default=Path("/"), help="where the files go: an image, say (%(default)s)")
     parser.add_argument("--no-sysctl", action="store_true", help="apply: write the files only, with every setting")
     parser.add_argument("--force", action="store_true", help="revert: also what somebody has changed since")
@@ -186,6 +188,12 @@ def _pid(text: str) -> int:
     if (number := _count(text)) > MOST_PID:
         raise argparse.ArgumentTypeError(f"at most {MOST_PID:,}")
     return number
+
+
+def _user(text: str) -> str:
+    if not USER.fullmatch(text):
+        raise argparse.ArgumentTypeError("the name of a user, or of a group after @")
+    return text
 
 
 def _workers(text: str) -> int:
