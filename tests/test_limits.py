@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -61,7 +62,7 @@ class Machine:
         found = self.sh("grep", "", *(f"/proc/sys/{name}" for name in SEEN)).stdout
         return dict(line.removeprefix("/proc/sys/").split(":", 1) for line in found.splitlines())
 
-    def tree(self) -> dict[str, tuple[bytes | None, int]]:
+    def tree(self) -> "dict[str, Look]":
         return tree(self.root)
 
     def all(self) -> Any:
@@ -181,7 +182,7 @@ def test_apply_raises_what_is_too_small_and_revert_leaves_everything_as_it_was(m
     assert raised["net/core/somaxconn"] == "8192"
     assert raised["net/ipv4/ip_local_port_range"] == "30000\t60999", "the lower end was lower already"
     assert raised["fs/file-max"] == before[0]["fs/file-max"]
-    assert [name for name, (content, _) in sorted(machine.tree().items()) if content is not None] == FILES
+    assert [name for name, (content, *_) in sorted(machine.tree().items()) if content is not None] == FILES
     assert machine.run("check")[0] == ENOUGH
 
     code, said = machine.run("revert", "--exit-code")
@@ -214,6 +215,8 @@ def test_files_of_others_are_left_alone_and_a_file_in_our_place_comes_back(machi
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
         path.chmod(0o640)
+        os.chown(path, 65534, 65533)
+        os.utime(path, (1_000_000_000, 1_100_000_000))
     before = machine.all()
 
     machine.run("apply")
@@ -234,6 +237,7 @@ def test_link_in_the_place_of_a_file_comes_back_and_what_it_leads_to_is_not_touc
     link = machine.root / FILES[1]
     link.symlink_to(target)
     os.chown(link, 65534, 65534, follow_symlinks=False)
+    os.utime(link, (1_000_000_000, 1_100_000_000), follow_symlinks=False)
     before = machine.all()
 
     code, said = machine.run("apply")
@@ -422,10 +426,19 @@ def test_image_gets_files_with_every_setting_and_the_machine_none(tmp_path: Path
 IMAGE = ("--no-sysctl", "--streams", STREAMS, "--workers", "4", "--root")
 
 
-def tree(root: Path) -> dict[str, tuple[bytes | None, int]]:
-    """All files and folders by name: content and mode."""
-    return {str(path.relative_to(root)): (path.read_bytes() if path.is_file() else None, path.lstat().st_mode)
-            for path in root.rglob("*")}
+Look = tuple[bytes | None, str, list[int]]
+
+
+def tree(root: Path) -> dict[str, Look]:
+    """All files and folders by name: content, what it is a link to, then mode, owner and group, and the time of the last
+    change, which folders do not keep."""
+    return {str(path.relative_to(root)): look(path) for path in root.rglob("*")}
+
+
+def look(path: Path) -> Look:
+    status = path.lstat()
+    return (path.read_bytes() if path.is_file() else None, str(path.readlink()) if path.is_symlink() else "",
+            [status.st_mode, status.st_uid, status.st_gid, 0 if stat.S_ISDIR(status.st_mode) else status.st_mtime_ns])
 
 
 def test_image_that_was_moved_since_is_reverted_where_it_is(tmp_path: Path) -> None:

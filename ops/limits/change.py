@@ -110,6 +110,10 @@ def _is_need(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(type(number) is int for number in value)
 
 
+def _is_pair(value: Any) -> bool:
+    return _is_need(value) and len(value) == 2
+
+
 def _is_file(noted: dict[str, Any]) -> bool:
     """A link has its `link` and a file that was there its `mode`; both have their `owner`."""
     there = noted.get("was") is not None or "link" in noted
@@ -117,7 +121,7 @@ def _is_file(noted: dict[str, Any]) -> bool:
         _bytes(noted["set"]), _bytes(noted["was"])
         return (isinstance(noted["set"], str) and isinstance(noted.get("link", ""), str)
                 and isinstance(noted["mode"] if noted["was"] is not None else 0, int)
-                and (not there or (_is_need(noted["owner"]) and len(noted["owner"]) == 2)))
+                and (not there or (_is_pair(noted["owner"]) and _is_pair(noted.get("times", [0, 0])))))
     return False
 
 
@@ -166,11 +170,16 @@ def _as_before(path: Path) -> dict[str, Any]:
     """What _restore needs of it. Of a link it is the link: what it leads to may be another's, and is never touched."""
     if path.is_symlink():
         status = path.lstat()
-        return {"was": None, "link": str(path.readlink()), "owner": [status.st_uid, status.st_gid]}
+        return {"was": None, "link": str(path.readlink())} | _of_file(status)
     if not path.exists():
         return {"was": None}
     status = path.stat()
-    return {"was": _text(path.read_bytes()), "mode": status.st_mode & 0o7777, "owner": [status.st_uid, status.st_gid]}
+    return {"was": _text(path.read_bytes()), "mode": status.st_mode & 0o7777} | _of_file(status)
+
+
+def _of_file(status: os.stat_result) -> dict[str, list[int]]:
+    """times: of the last use and the last change, in nanoseconds."""
+    return {"owner": [status.st_uid, status.st_gid], "times": [status.st_atime_ns, status.st_mtime_ns]}
 
 
 def _is_as_before(path: Path, noted: Mapping[str, Any]) -> bool:
@@ -227,14 +236,22 @@ def _restore(path: Path, was: bytes | None, noted: dict[str, Any]) -> None:
             new.unlink(missing_ok=True)
             new.symlink_to(noted["link"])
             os.chown(new, *noted["owner"], follow_symlinks=False)
+            _set_times(new, noted)
             new.rename(path)
         elif was is None:
             path.unlink()
         else:
             replace(path, was, noted["mode"])
             os.chown(path, *noted["owner"])
+            _set_times(path, noted)
     except OSError as error:
         raise ChangeError(f"{path} cannot be put back: {error.strerror}") from error
+
+
+def _set_times(path: Path, noted: Mapping[str, Any]) -> None:
+    if "times" in noted:  # a state of before has none
+        used, changed = noted["times"]
+        os.utime(path, ns=(used, changed), follow_symlinks=False)
 
 
 def replace(path: Path, content: bytes, mode: int = 0o644) -> None:
