@@ -679,6 +679,49 @@ def _unchanged() -> Iterator[None]:
     assert read() == before
 
 
+FAKED = """
+import runpy, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import system
+system.SYS, system.PROC = Path(sys.argv[2], "sys"), Path(sys.argv[2])
+system.TRACKED = system.SYS / system.TRACKED.relative_to("/proc/sys")
+sys.exit(runpy.run_path(sys.argv[1] + "/__main__.py")["main"](sys.argv[3:]))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may apply settings")
+def test_every_setting_is_raised_and_put_back(needs: Any, tmp_path: Path) -> None:
+    """Those of the whole machine as well, so before files that stand for the kernel's."""
+    proc, root = tmp_path / "proc", tmp_path / "root"
+    limits = [limit for limit in needs.LIMITS if limit.is_sysctl]
+    for limit in limits:
+        low = "30000 30100" if limit.is_range else " ".join(["700", "701", "702"][:len(of(needs, limit.name, 1, 1))])
+        put(proc, f"sys/{limit.name.replace('.', '/')}", f"{low}\n")
+    put(proc, "sys/net/netfilter/nf_conntrack_count", "5\n")
+    put(proc, "meminfo", f"MemTotal: {8 * GIB // 1024} kB\n")
+    for number, name in enumerate(FILES[:3]):
+        os.utime(put(root, name, "# an admin's own\n"), (1_000_000_000, 1_100_000_000 + number))
+    values = {limit.name: proc / "sys" / limit.name.replace(".", "/") for limit in limits}
+    before = {name: file.read_text() for name, file in values.items()}, tree(root)
+
+    def run(action: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-c", FAKED, str(LIMITS), str(proc), action, "--streams", "2000000", "--workers", "4",
+                   "--root", str(root)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    done = run("apply")
+    assert done.returncode == SMALL, done.stderr  # the memory stays too small
+    raised = {name: tuple(map(int, file.read_text().split())) for name, file in values.items()}
+    assert raised == {name: of(needs, name, 2_000_000, 4) for name in values}
+    lines = [line.lstrip("-") for line in (root / FILES[1]).read_text().splitlines()[1:]]
+    assert lines == [f"{name} = {' '.join(map(str, value))}" for name, value in raised.items()]
+
+    assert run("revert").returncode == ENOUGH
+
+    assert ({name: file.read_text() for name, file in values.items()}, tree(root)) == before
+
+
 def test_json_has_each_limit_with_its_reason(needs: Any) -> None:
     done = tool("--json", "--streams", "1000")
     found = json.loads(done.stdout)
