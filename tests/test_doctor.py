@@ -30,6 +30,7 @@ from tests.test_proxies import Haproxy, Nginx, PlainHaproxy, Proxy
 KEY = "a key of the tests that has more than 32 bytes"
 ORIGIN = "https://app.example"
 HEARTBEAT = 2.0  # seconds; longer than the proxies that cut allow, shorter than those that do not
+CUT = 1.0  # seconds of silence, where a proxy cuts off soon
 SILENCE = 4.5  # seconds to listen; two heartbeats
 AT_ONCE = 12  # scenarios
 PATIENCE = 60  # seconds for one run
@@ -270,6 +271,10 @@ def test_doctor_finds_exactly_what_is_wrong_and_names_its_line(
         finding = found.run.finding(scenario.check)
         assert (finding["file"], finding["line"]) == (str(found.config), found.line(scenario.line)), found.run.text
         assert all(finding[name] for name in ("seen", "breaks", "change"))
+    if scenario.check == "idle":
+        seen = re.match(r"the stream was cut after ([\d.]+) s of silence; ", finding["seen"])
+        assert seen, finding["seen"]
+        assert CUT / 2 < float(seen[1]) < SILENCE, "the proxy cuts after a second"
 
 
 # --- Any server of event streams -------------------------------------------------------------------------
@@ -313,6 +318,10 @@ def test_path_of_another_server_is_examined_as_far_as_it_can_be() -> None:
             upstream.shutdown()
 
     assert run.checks == ["http_version", "lifetime"], run.text
+    seen = re.match(r"the stream was cut after ([\d.]+) s, .* survived ([\d.]+) s of it", run.finding("lifetime")["seen"])
+    assert seen, run.text
+    assert Beats.beat * Beats.beats - 0.1 < float(seen[1]) < 3, "it ends soon after its last beat"
+    assert Beats.beat / 2 < float(seen[2]) < float(seen[1])
     assert [note.partition(":")[0] for note in run.report["notes"]] == ["whether events arrive at once and resume"]
 
 
