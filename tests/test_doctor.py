@@ -277,6 +277,17 @@ def test_doctor_finds_exactly_what_is_wrong_and_names_its_line(
         assert CUT / 2 < float(seen[1]) < SILENCE, "the proxy cuts after a second"
 
 
+def test_page_says_which_checks_are_shown_on_one_proxy_only() -> None:
+    page = (ROOT / "docs" / "doctor.md").read_text()
+    rows = re.findall(r"^\| (`.*?) \|", page.partition("## The path")[2], re.M)
+    on_nginx, on_haproxy = ({check for each in SCENARIOS if issubclass(each.kind, kinds)
+                             for check in (each.check, *each.also)} for kinds in (Nginx, (Haproxy, PlainHaproxy)))
+    named = [set(re.findall(r"`(\w+)`", part)) for part in re.split(
+        r"are shown on nginx only|on HAProxy only|on neither", page.partition("Of these, ")[2])[:3]]
+    checks = {check for row in rows for check in re.findall(r"`(\w+)`", row)}
+    assert named == [on_nginx - on_haproxy, on_haproxy - on_nginx, checks - on_nginx - on_haproxy]
+
+
 # --- Any server of event streams -------------------------------------------------------------------------
 
 
