@@ -454,6 +454,18 @@ def test_image_that_was_moved_since_is_reverted_where_it_is(tmp_path: Path) -> N
     assert tree(moved) == before
 
 
+def test_setting_that_is_not_here_now_is_not_forgotten(tmp_path: Path) -> None:
+    """Of a module that is not loaded, or of another network namespace."""
+    noted = {"version": 1, "sysctls": {"net.nowhere": {"was": [1], "set": [2]}}}
+    state = put(tmp_path, FILES[3], json.dumps(noted))
+    done = tool("revert", *IMAGE, str(tmp_path))
+    assert (done.returncode, done.stderr) == (SMALL, "")
+    assert "left    net.nowhere is not here now, so that 1 is not put back\n" in done.stdout
+    assert json.loads(state.read_text())["sysctls"] == noted["sysctls"]
+    assert tool("revert", "--force", *IMAGE, str(tmp_path)).returncode == ENOUGH
+    assert not state.exists()
+
+
 def test_state_of_another_root_is_refused_and_kept(tmp_path: Path) -> None:
     """As they were once: with whole paths."""
     state = put(tmp_path, FILES[3], json.dumps({"version": 1, "files": {"/elsewhere/a": {"was": None, "set": ""}}}))

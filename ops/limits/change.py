@@ -201,8 +201,9 @@ def revert(state: State, force: bool, say: Say) -> list[str]:
 def _revert_sysctls(state: State, force: bool, say: Say) -> Iterator[str]:
     for name, noted in list(state.sysctls.items()):
         was, now = tuple(noted["was"]), system.have(name)
-        if now not in (was, tuple(noted["set"]), None) and not force:
-            yield f"{name} is {system.text(now or ())}, which is not what was set: left as it is"
+        if now not in (was, tuple(noted["set"])) and not force:
+            yield (f"{name} is not here now, so that {system.text(was)} is not put back" if now is None else
+                   f"{name} is {system.text(now)}, which is not what was set: left as it is")
             continue
         if now not in (was, None):
             try:
