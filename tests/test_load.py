@@ -1,5 +1,6 @@
 """Load tests with the shape of real traffic: what a shape keeps, what a replay detects, when ramp and dark test stop."""
 
+import fcntl
 import io
 import json
 import os
@@ -7,9 +8,11 @@ import re
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from math import inf
 from pathlib import Path
+from posix import close as close_descriptor  # gevent's waits for its loop
 from typing import Any
 
 import gevent
@@ -26,6 +29,7 @@ from tests.test_console import start_browser  # noqa: F401
 
 sys.path += [str(ROOT / "ops"), str(ROOT / "ops" / "bench")]
 
+import probe
 from load.cli import main as command_line
 from load.cli import told_value
 from load.dark import Dark, OrderError, Site
@@ -748,6 +752,31 @@ def test_replay_that_is_broken_off_verifies_what_it_has_sent_and_writes_it(tmp_p
     assert "<td>ran to its end</td><td class=\"bad\">NO</td>" in (tmp_path / "report.html").read_text()
     assert f"what there is of it is in {tmp_path}/found.json" in said
     assert "broken off after" in out
+
+
+def test_replay_whose_terminal_is_closed_ends_what_it_has_started_and_writes_its_result(tmp_path: Path) -> None:
+    write_shape(tmp_path / "shape", crowd(50.0, 10, 1000))
+    ours, its = os.openpty()
+    replay = subprocess.Popen([*LOAD, "replay", str(tmp_path / "shape"), "--start", "pushsvc", "--workers", "1",
+                               "--readers", "1", "-o", str(tmp_path / "found.json")], stdout=its, stderr=its,
+                              env=os.environ | {"TERM": "xterm"},
+                              preexec_fn=lambda: (os.setsid(), fcntl.ioctl(its, termios.TIOCSCTTY, 0)))
+    close_descriptor(its)
+    try:
+        said = ""
+        while " 2 of 50 s" not in said:
+            said += os.read(ours, 1 << 16).decode()
+        started = probe.family(replay.pid)
+        close_descriptor(ours)  # the kernel sends its SIGHUP
+        assert replay.wait(30) == 130
+    finally:
+        replay.terminate()
+        replay.wait(30)
+
+    assert len(started) >= 5, "itself, the master and a worker, a sender and a reader"
+    eventually(lambda: not [pid for pid in started if Path(f"/proc/{pid}").exists()], message="nothing is left behind")
+    assert json.loads((tmp_path / "found.json").read_text())["verdict"] == {
+        "complete": True, "ordered": True, "published": True}
 
 
 @pytest.mark.parametrize("command", [["replay", SHAPE], ["ramp"], ["dark", "--canary", "http://127.0.0.1:1"]],

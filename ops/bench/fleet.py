@@ -235,13 +235,30 @@ def _shares(total: int, parts: int) -> list[int]:
     return [total // parts + (place < total % parts) for place in range(parts)]
 
 
+def leave_terminal() -> None:
+    """A SIGHUP has come, of which the kernel and the shell may send one each: ignore further ones, and say nothing more
+    to a terminal that is closed."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)
+    for descriptor, event in poll.poll(0):
+        if event & select.POLLHUP:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
 def run(main: Callable[[], int]) -> int:
-    """A program's exit code; a SIGTERM ends it as a Ctrl-C does, with its `finally` blocks: then it is 130."""
+    """A program's exit code; a SIGTERM or a SIGHUP ends it as a Ctrl-C does, with its `finally` blocks: then it is
+    130."""
 
     def end(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            leave_terminal()
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, end)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has asked for that
+        signal.signal(signal.SIGHUP, end)
     try:
         return answered(main)
     except KeyboardInterrupt:

@@ -37,7 +37,9 @@ SAMPLE = 12_000
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, _end)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has asked for that
+            signal.signal(number, _end)
     try:
         _check_given(options)
         given = {each.name: getattr(options, each.name) for each in fields(Load)}
