@@ -789,6 +789,22 @@ def test_result_that_cannot_be_written_is_told_before_the_run(command: list[Any]
         assert (done.returncode, done.stderr) == (2, f"load: {path} cannot be written\n")
 
 
+@pytest.mark.parametrize("option", ["-o", "--report"])
+def test_result_that_cannot_be_saved_is_printed_all_the_same(option: str, tmp_path: Path) -> None:
+    write_shape(tmp_path / "shape", crowd(0.5, 4, 5))
+    server = Faulty("none")
+    try:
+        replay = load("replay", tmp_path / "shape", "--url", server.url, "--readers", 1, option, "/dev/full", "--json")
+        ramp = load("ramp", "--url", server.url, "--step", 4, "--most", 4, "--hold", 0.2, option, "/dev/full", "--json")
+    finally:
+        server.stop()
+
+    for done, kind in (replay, "replay"), (ramp, "ramp"):
+        assert json.loads(done.stdout)["kind"] == kind
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1] == "load: /dev/full cannot be written: No space left on device"
+
+
 # --- Ramp and dark test ----------------------------------------------------------------------------------
 
 

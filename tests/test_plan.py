@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict, fields, replace
@@ -237,6 +238,13 @@ def test_calibration_is_kept_as_it_is(tmp_path: Path) -> None:
     calibration.save(KNOWN, tmp_path / "new" / "file")
     assert calibration.load(tmp_path / "new" / "file") == KNOWN
     assert [each.name for each in (tmp_path / "new").iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("place", ["/proc/nothere/x", ROOT / "docs"])
+def test_place_where_no_calibration_can_be_kept_is_told_before_it_is_measured(place: Path) -> None:
+    done = plan(*REQUIRED, "--calibrate", "--calibration", place)
+    assert done.returncode == 2
+    assert re.fullmatch("plan: the calibration could not be written: .*\n", done.stderr)
 
 
 def _without(name: str) -> dict[str, Any]:

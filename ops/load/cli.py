@@ -252,9 +252,9 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _told(options: argparse.Namespace, found: dict[str, Any]) -> int:
-    _save(options, found)
     brief = {name: value for name, value in found.items() if name not in ("seconds", "histogram", "shape")}
     _print(options, brief, _replay_text(found))
+    _save(options, found)
     if found["interrupted"] is not None:
         say_progress(f"broken off{_written_to(options)}")
         return INTERRUPTED
@@ -268,10 +268,13 @@ def _written_to(options: argparse.Namespace) -> str:
 
 
 def _save(options: argparse.Namespace, found: dict[str, Any]) -> None:
-    if options.output:
-        options.output.write_text(json.dumps(found))
-    if options.report:
-        options.report.write_text(page([found]))
+    """Where the options say. Comes after what is printed, so that a full disk does not lose it. Raises OSError."""
+    for path, text in ((options.output, json.dumps(found)), (options.report, page([found]) if options.report else "")):
+        try:
+            if path:
+                path.write_text(text)
+        except OSError as error:
+            raise OSError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def holds(found: dict[str, Any]) -> bool:
@@ -327,8 +330,8 @@ def _ramp(options: argparse.Namespace) -> int:
 def _climbed(options: argparse.Namespace, found: dict[str, Any], settings: dict[str, Any]) -> int:
     found |= {"load": FORMAT, "at": probe.now(), "machine": probe.machine(), "settings": settings,
               "objective": {"p99_ms": options.p99}}
-    _save(options, found)
     _print(options, found, "\n".join([found["verdict_text"], *(f"limit: {each}" for each in found["limits"])]))
+    _save(options, found)
     return BROKEN if found["broken"] else OK
 
 

@@ -62,9 +62,26 @@ class Calibration:
     costs: Costs
 
 
+def check_place(path: Path) -> None:
+    """Raises PlanError if a calibration cannot be kept there."""
+    if path.is_dir():
+        raise PlanError(f"the calibration could not be written: {path} is a directory")
+    part = _part(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise PlanError(f"the calibration could not be written: {error}") from error
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
+
+
 def save(calibration: Calibration, path: Path) -> None:
     """Write it as a whole or not at all. Raises PlanError."""
-    part = path.with_name(path.name + ".part")
+    part = _part(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(json.dumps({"shape": SHAPE, **asdict(calibration)}, indent=1) + "\n")

@@ -71,6 +71,7 @@ def _calibration(options: argparse.Namespace) -> Calibration:
     path = options.calibration or FILE
     if not options.calibrate and (options.calibration or path.exists()):
         return calibration.load(path)
+    calibration.check_place(path)
     from ops.plan.calibrate import Sample, calibrate  # the bench's clients: a plan from a file does without
 
     with Progress() as progress:
