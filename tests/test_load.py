@@ -914,11 +914,6 @@ def pair(tmp_path: Path) -> Iterator[tuple[Server, Server]]:
         yield service, canary
 
 
-def orders(service: Server) -> list[dict[str, Any]]:
-    with Client(service.url, "pushsvc-dark", last_event_id="earliest") as stream:
-        return [json.loads(stream.next().data)]
-
-
 def streams(server: Server) -> int:
     text = request("GET", f"{server.url}/metrics").text
     return int(sum(float(value) for value in re.findall(r"^pushsvc_streams\{.*\} (\S+)$", text, re.M)))
@@ -927,14 +922,60 @@ def streams(server: Server) -> int:
 def test_dark_test_stops_at_its_objective_and_tells_the_pages(pair: tuple[Server, Server]) -> None:
     service, canary = pair
 
-    done = load("dark", "--url", service.url, "--canary", canary.url, "--percent", "10,100", "--hold", 20, "--p99", 0.001,
-                "--json")
+    with Client(service.url, "pushsvc-dark") as stream:
+        done = load("dark", "--url", service.url, "--canary", canary.url, "--percent", "10,100", "--hold", 20,
+                    "--p99", 0.001, "--json")
+        orders = [json.loads(stream.next().data) for _ in range(2)]
 
     found = json.loads(done.stdout)
     assert done.returncode == 1
     assert [level["percent"] for level in found["levels"]] == [10]
     assert "p99" in found["limits"][0]
-    assert orders(service) == [{"url": "", "streams": 0, "percent": 0, "until": 0}]
+    assert orders == [
+        {"url": f"{canary.url}/events?topic=dark", "streams": 1, "percent": 10.0, "seconds": 15},
+        {"url": "", "streams": 0, "percent": 0, "seconds": 0}]
+
+
+PAGES = """
+    const pages = [], opened = new Map(), timers = [];
+    let page = 0;
+    function EventSource(url) {
+        if (url.startsWith("https://push/")) return {addEventListener: (_, obey) => pages.push(obey), close() {}};
+        opened.set(page, (opened.get(page) || 0) + 1);
+        const mine = page;
+        return {close: () => opened.delete(mine)};
+    }
+    const setTimeout = (act, ms) => timers.push(ms), Date = {now: () => arguments[0]};
+    SCRIPT
+    for (let count = 0; count < 4000; count += 1) pushsvcDark("https://push", {canary: "https://canary"});
+    return arguments[1].map(order => {
+        for (page = 0; page < pages.length; page += 1) pages[page]({data: JSON.stringify(order)});
+        return [[...opened.keys()], Math.max(...timers.splice(0), 0)];
+    });
+"""
+
+
+@pytest.mark.parametrize("clock", [0, 9e15], ids=["slow", "fast"])
+def test_pages_join_by_their_share_for_some_seconds_whatever_their_clock_says(
+    start_browser: Any, clock: float  # noqa: F811
+) -> None:
+    order = {"url": "https://canary/events", "streams": 2, "seconds": 15}
+    given = [order | {"percent": 5}, order | {"percent": 30}, order | {"percent": 100, "seconds": 1e6},
+             order | {"percent": 100, "url": "https://other/events"}, order | {"percent": 100, "seconds": 0}]
+    browser = start_browser()
+    try:
+        script = PAGES.replace("SCRIPT", (ROOT / "ops" / "load" / "dark.js").read_text())
+        answers = browser.execute_script(script, clock, given)
+    finally:
+        browser.quit()
+
+    few, some, every = (set(pages) for pages, _ in answers[:3])
+    assert 0.03 < len(few) / 4000 < 0.07, "5 %, within six standard deviations"
+    assert 0.25 < len(some) / 4000 < 0.35
+    assert few < some < every
+    assert len(every) == 4000
+    assert [ms for _, ms in answers[:3]] == [15_000] * 3
+    assert answers[3:] == [[[], 0], [[], 0]], "another origin than the page has named, and an order that is over"
 
 
 def test_dark_test_of_real_pages_opens_streams_on_the_canary_and_ends_them_when_it_is_broken_off(

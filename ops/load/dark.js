@@ -7,10 +7,11 @@
 // has to name the page's origin in PUSHSVC_CORS_ORIGINS. topic: of the orders. most: streams of this page at most; a
 // browser has six connections per host over HTTP/1.1, and many more over HTTP/2. Returns a function that ends it all.
 //
-// An order is an event `pushsvc-dark` with {url, streams, percent, until}: open `streams` to `url` if this page is among
-// the first `percent` of a hundred, until that time (ms since 1970). Each page draws its place once, so a greater share
-// includes the smaller one. An order without streams, or none in time, ends them.
+// An order is an event `pushsvc-dark` with {url, streams, percent, seconds}: open `streams` to `url` if this page is among
+// the first `percent` of a hundred, for so many seconds from now, 15 at most; it is given again and again. Each page draws
+// its place once, so a greater share includes the smaller one. An order without streams, or none in time, ends them.
 function pushsvcDark(service, {canary, topic = "pushsvc-dark", most = 5}) {
+  const longest = 15; // seconds
   const place = Math.random() * 100;
   let streams = [];
   let timer = 0;
@@ -21,8 +22,8 @@ function pushsvcDark(service, {canary, topic = "pushsvc-dark", most = 5}) {
     streams = [];
   }
 
-  function obey({url, streams: count, percent, until}) {
-    const left = until - Date.now();
+  function obey({url, streams: count, percent, seconds}) {
+    const left = Math.min(seconds, longest) * 1000;
     if (!url || new URL(url).origin !== new URL(canary).origin || place >= percent || !(left > 0)) return stop();
     clearTimeout(timer);
     timer = setTimeout(stop, left);
@@ -30,8 +31,7 @@ function pushsvcDark(service, {canary, topic = "pushsvc-dark", most = 5}) {
     while (streams.length < Math.min(count, most)) streams.push(new EventSource(url));
   }
 
-  const query = new URLSearchParams({topic, last_event_id: "earliest"});
-  const orders = new EventSource(`${service}/events?${query}`);
+  const orders = new EventSource(`${service}/events?${new URLSearchParams({topic})}`);
   orders.addEventListener("pushsvc-dark", event => {
     try {
       obey(JSON.parse(event.data));

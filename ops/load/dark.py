@@ -1,9 +1,10 @@
 """The dark test: real pages that have opted in open extra streams to a canary, and throw away what comes on them.
 
-The service does nothing for it: this command publishes an order to a topic (type `pushsvc-dark`, keep latest), which
+The service does nothing for it: this command publishes an order to a topic (type `pushsvc-dark`, keep none), which
 `dark.js` in the pages obeys. The share of the pages grows level by level. The command measures the canary by a stream
 and events of its own, and tells all to stop when the objective breaks, at the end, and when it is broken off. An order
-is good for some seconds only: pages that hear no more of it stop by themselves.
+is good for some seconds from its arrival, whatever a page's clock says, and not kept: pages that hear no more of it stop
+by themselves, and those that come later hear nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ PROBE_SECONDS = 0.1
 LOOK_SECONDS = 0.5
 LEAST_EVENTS = 5  # before a p99 is judged
 ARRIVE_SECONDS = 2.0
-GOOD_SECONDS = 15.0  # how long an order holds unless it is given again
+GOOD_SECONDS = 15  # how long an order holds unless it is given again; dark.js allows no more
 AGAIN_SECONDS = 5.0
 TRIES = 5
 JSON = "application/json"
@@ -112,22 +113,22 @@ class Dark:
         """Ask this share of the pages for their streams."""
         self._ordered = time.monotonic()
         self._publish({"url": self._test.url, "streams": self._test.streams, "percent": percent,
-                       "until": int((time.time() + GOOD_SECONDS) * 1000)})
+                       "seconds": GOOD_SECONDS})
 
     def stop(self) -> None:
         """Tell all pages to end their streams. Tried several times: a service that is down hears it later or never,
         and then the order runs out."""
         for attempt in range(TRIES):
             try:
-                self._publish({"url": "", "streams": 0, "percent": 0, "until": 0})
+                self._publish({"url": "", "streams": 0, "percent": 0, "seconds": 0})
                 return
             except OrderError as error:
                 self._progress.say(f"the stop was not taken ({attempt + 1} of {TRIES}): {error}")
                 time.sleep(0.5)
-        self._progress.say(f"the pages stop by themselves within {GOOD_SECONDS:g} s")
+        self._progress.say(f"the pages stop by themselves within {GOOD_SECONDS} s")
 
     def _publish(self, data: Found) -> None:
-        order = {"topic": self._test.topic, "event": ORDER, "keep": "latest", "key": ORDER, "data": data}
+        order = {"topic": self._test.topic, "event": ORDER, "keep": "none", "data": data}
         try:
             self._service.publish(order)
         except (OSError, PublishError) as error:
