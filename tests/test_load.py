@@ -34,6 +34,7 @@ from load.cli import main as command_line
 from load.cli import told_value
 from load.dark import Dark, OrderError, Site
 from load.dark import Test as DarkTest
+from load.dark import told as dark_told
 from load.figures import differences, figures
 from load.metrics import version_said
 from load.ramp import Climb, Usage, broken, limits_of, told
@@ -934,6 +935,37 @@ def test_dark_test_stops_at_its_objective_and_tells_the_pages(pair: tuple[Server
     assert orders == [
         {"url": f"{canary.url}/events?topic=dark", "streams": 1, "percent": 10.0, "seconds": 15},
         {"url": "", "streams": 0, "percent": 0, "seconds": 0}]
+
+
+def test_dark_test_that_no_page_has_joined_has_measured_nothing(pair: tuple[Server, Server]) -> None:
+    service, canary = pair
+
+    with Client(canary.url, "other"):
+        done = load("dark", "--url", service.url, "--canary", canary.url, "--percent", 100, "--hold", 1, "--p99", 10_000,
+                    "--json")
+
+    found = json.loads(done.stdout)
+    assert done.returncode == 2
+    assert (found["held"], found["levels"][0]["joined"]) == (0, 0)
+    assert found["levels"][0]["events"] > 0
+    assert found["verdict_text"].startswith("not measured: no page has joined.")
+
+
+DARK_LEVEL = {"percent": 5.0, "broken": "", "joined": 3}
+DARK = {
+    "pages at all levels": ([DARK_LEVEL, DARK_LEVEL | {"percent": 20.0}], 1, True, "holds at 20 % of the pages"),
+    "none at the first": ([DARK_LEVEL | {"joined": 0}, DARK_LEVEL | {"percent": 20.0}], 1, True, "holds at 20 %"),
+    "broken without pages": ([DARK_LEVEL | {"joined": 0, "broken": "p99"}], 1, True, "holds at 0 % of the pages, breaks"),
+    "no metrics": ([DARK_LEVEL | {"joined": 0}], 0, False, "not measured: the canary does not tell its streams"),
+}
+
+
+@pytest.mark.parametrize(("levels", "before", "measured", "said"), DARK.values(), ids=DARK)
+def test_dark_test_holds_where_pages_were(levels: list[Any], before: int, measured: bool, said: str) -> None:
+    found = dark_told(levels, before)
+
+    assert found["measured"] == measured
+    assert found["verdict_text"].startswith(said)
 
 
 PAGES = """

@@ -41,7 +41,7 @@ KNOCK_SECONDS = 5.0
 EPILOG = """exit codes:
   0  done, and what was asked for holds
   1  it does not hold: events lost, doubled or out of order, an objective broken, shapes that differ
-  2  it cannot be done: a wrong argument or file, no server
+  2  it cannot be done: a wrong argument or file, no server, a dark test that no page has joined
   130  broken off by Ctrl-C; a replay writes what it has, and a second Ctrl-C ends it at once
 """
 
@@ -332,6 +332,8 @@ def _climbed(options: argparse.Namespace, found: dict[str, Any], settings: dict[
               "objective": {"p99_ms": options.p99}}
     _print(options, found, "\n".join([found["verdict_text"], *(f"limit: {each}" for each in found["limits"])]))
     _save(options, found)
+    if not found.get("measured", True):
+        return CANNOT
     return BROKEN if found["broken"] else OK
 
 

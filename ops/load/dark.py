@@ -26,6 +26,7 @@ from load.metrics import scraped
 ORDER = "pushsvc-dark"
 PROBE_SECONDS = 0.1
 LOOK_SECONDS = 0.5
+METRICS_SECONDS = 1.5  # after so long /metrics has what is there: a worker counts once a second
 LEAST_EVENTS = 5  # before a p99 is judged
 ARRIVE_SECONDS = 2.0
 GOOD_SECONDS = 15  # how long an order holds unless it is given again; dark.js allows no more
@@ -84,6 +85,7 @@ class Dark:
         self._progress = progress
         self._probe = f"dark-probe-{os.getpid()}-{time.time_ns() // 1_000_000:x}"
         self._ordered = 0.0
+        self._before = 0
 
     def run(self) -> Found:
         """All levels, until the objective breaks. Raises OrderError if the service takes no order."""
@@ -91,6 +93,8 @@ class Dark:
         try:
             with Fleet(1) as fleet:
                 fleet.open(1, Target(self._canary.host, self._canary.port, f"/events?topic={self._probe}{self._query()}"))
+                time.sleep(METRICS_SECONDS)
+                self._before = self._streams()
                 for percent in self._test.percents:
                     levels.append(self._level(fleet, percent))
                     self._progress.say(f"{percent:g} %: {levels[-1]['streams']} streams, p99 {levels[-1]['p99_ms']} ms")
@@ -98,11 +102,7 @@ class Dark:
                         break
         finally:
             self.stop()
-        held = [level["percent"] for level in levels if not level["broken"]]
-        why = str(levels[-1]["broken"])
-        return {"kind": "dark", "levels": levels, "limits": [why] if why else [], "broken": bool(why),
-                "held": max(held, default=0.0), "verdict_text": f"holds at {max(held, default=0.0):g} % of the pages"
-                + (f", breaks at {levels[-1]['percent']:g} %: {why}" if why else "")}
+        return told(levels, self._before)
 
     def _query(self) -> str:
         return f"&access_token={self._canary.token}" if self._canary.token else ""
@@ -149,8 +149,7 @@ class Dark:
                 if time.monotonic() - self._ordered > AGAIN_SECONDS:
                     self.order(percent)
                 sent = self._send(publisher, sent, time.monotonic() + LOOK_SECONDS)
-                streams = int(sum(scraped(self._canary.host, self._canary.port, "pushsvc_streams",
-                                          self._canary.token).values()))
+                streams = self._streams()
                 peak = max(peak, streams)
                 why = self._judged(fleet, sent, streams)
                 self._show(percent, f"{streams} streams", until - time.monotonic())
@@ -162,8 +161,12 @@ class Dark:
         seen = fleet.wait(sent, ARRIVE_SECONDS)
         if not why and seen.events < sent:
             why = f"{sent - seen.events} of {sent} events did not arrive on the command's own stream"
-        return {"percent": percent, "streams": streams, "peak": peak, "events": seen.events, **seen.latencies(),
-                "broken": why}
+        return {"percent": percent, "streams": streams, "peak": peak, "joined": max(0, peak - self._before),
+                "events": seen.events, **seen.latencies(), "broken": why}
+
+    def _streams(self) -> int:
+        """Open on the canary; 0 if it does not tell: the command has one itself."""
+        return int(sum(scraped(self._canary.host, self._canary.port, "pushsvc_streams", self._canary.token).values()))
 
     def _show(self, percent: float, text: str, left: float) -> None:
         """left: seconds of this level."""
@@ -194,3 +197,19 @@ class Dark:
         if seen.events < sent / 2 - LEAST_EVENTS:
             return f"only {seen.events} of {sent} events have arrived"
         return ""
+
+
+def told(levels: list[Found], before: int) -> Found:
+    """The result of these levels, the last of which may be broken. before: streams that the canary had without pages.
+    measured: it broke, or there were pages."""
+    why, held = str(levels[-1]["broken"]), [each["percent"] for each in levels if not each["broken"] and each["joined"]]
+    text = f"holds at {max(held, default=0.0):g} % of the pages"
+    if why:
+        text += f", breaks at {levels[-1]['percent']:g} %: {why}"
+    elif not before:
+        text = "not measured: the canary does not tell its streams in /metrics, so nobody knows whether pages have joined"
+    elif not held:
+        text = ("not measured: no page has joined. Do the pages load dark.js, with this canary, and does the canary name "
+                "their origin in PUSHSVC_CORS_ORIGINS?")
+    return {"kind": "dark", "levels": levels, "limits": [why] if why else [], "broken": bool(why),
+            "measured": bool(why or (before and held)), "held": max(held, default=0.0), "verdict_text": text}
