@@ -44,6 +44,7 @@ from load.shape import Event, Shape, ShapeError, Stream, expanded, read_shape, w
 from load.table import read_table
 from load.verify import Book, Tally, Track, behind
 from load.wire import data_of, read
+from swarm import Target, authority
 from terminal import Progress, bar
 
 LOAD = [sys.executable, str(ROOT / "ops" / "load")]
@@ -382,22 +383,25 @@ def crowd(seconds: float, streams: int, events: int) -> Shape:
     return Shape(seconds, tuple(sorted(people, key=lambda each: each.opened)), tuple(said), "test")
 
 
+QUIET = Shape(1.0, (Stream(0.0, None, 1, (1,)),), (Event(0.8, (1,), 40),), "test")
+
+
 class Faulty:
     """A small server of event streams, over HTTP without chunks, with a fault that it is told."""
 
-    def __init__(self, fault: str) -> None:
+    def __init__(self, fault: str, host: str = "127.0.0.1") -> None:
         self._fault = fault
         self._streams: list[tuple[set[str], Socket]] = []
         self._history: list[tuple[set[str], bytes]] = []
         self.sources: set[str] = set()
-        self._server = StreamServer(("127.0.0.1", 0), self._serve)
+        self._server = StreamServer((host, 0), self._serve)
         self._server.start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self.url = f"http://{authority(host, self._server.server_port)}"
 
     def stop(self) -> None:
         self._server.stop(timeout=0)
 
-    def _serve(self, connection: Socket, address: tuple[str, int]) -> None:
+    def _serve(self, connection: Socket, address: tuple[Any, ...]) -> None:
         data = b""
         while part := connection.recv(65536):
             data += part
@@ -726,6 +730,31 @@ def test_streams_come_from_the_sources_that_are_named(command: str, tmp_path: Pa
         server.stop()
 
     assert server.sources == {"127.0.9.8", "127.0.9.9"}
+
+
+@pytest.mark.parametrize("command", ["replay", "ramp"])
+def test_server_may_have_an_ipv6_address(command: str, tmp_path: Path) -> None:
+    write_shape(tmp_path / "shape", QUIET)
+    try:
+        server = Faulty("none", "::1")
+    except OSError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    ramp = ["--step", 4, "--most", 4, "--hold", 0.2]
+    try:
+        done = load(command, *([tmp_path / "shape"] if command == "replay" else ramp), "--url", server.url)
+        refused = load(command, *([tmp_path / "shape"] if command == "replay" else ramp), "--url", server.url,
+                       "--sources", "127.0.0.1")
+    finally:
+        server.stop()
+
+    assert done.returncode == 0, done.stderr
+    assert server.sources == {"::1"}
+    assert (refused.returncode, refused.stderr) == (2, "load: --sources are IPv4 addresses, and ::1 has none\n")
+
+
+def test_ipv6_address_has_brackets_where_it_is_asked_for() -> None:
+    assert b"\r\nHost: [::1]:80\r\n" in Target("::1", 80, "/").request(0)
+    assert b"\r\nHost: localhost:80\r\n" in Target("localhost", 80, "/").request(0)
 
 
 def test_replay_that_is_broken_off_verifies_what_it_has_sent_and_writes_it(tmp_path: Path) -> None:

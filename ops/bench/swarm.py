@@ -29,6 +29,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 MARK = re.compile(rb"@(\d+) (\d+) (\d+) ")
@@ -66,6 +67,19 @@ class Stats:
     errors: dict[str, int] = field(default_factory=dict)
 
 
+def authority(host: str, port: int) -> str:
+    """Host and port as a URL has them: brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+@cache
+def resolved(host: str, port: int) -> tuple[int, Any]:
+    """The family and the address to connect to; IPv4, as far as there is one. Raises OSError."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    family, _, _, _, address = min(found, key=lambda each: each[0] != socket.AF_INET)
+    return family, address
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """Where stream k goes: `{}` in the path is k, or k modulo `modulo` if that is given. again: a stream that fails or
@@ -81,7 +95,8 @@ class Target:
 
     def request(self, number: int) -> bytes:
         path = self.path.replace("{}", str(number % self.modulo if self.modulo else number))
-        return f"GET {path} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\nAccept: text/event-stream\r\n\r\n".encode()
+        return (f"GET {path} HTTP/1.1\r\nHost: {authority(self.host, self.port)}\r\nAccept: text/event-stream\r\n\r\n"
+                ).encode()
 
 
 class Swarm:
@@ -132,9 +147,9 @@ class Swarm:
         tell()
 
     def _connect(self, number: int) -> None:
-        target = self._target
+        family, address = resolved(self._target.host, self._target.port)
         try:
-            connection = socket.socket()
+            connection = socket.socket(family)
         except OSError as error:  # this process has no descriptor left
             self._count_error(error.errno)
             self._give_up(number)
@@ -143,7 +158,7 @@ class Swarm:
         if self._sources:
             connection.setsockopt(socket.IPPROTO_IP, BIND_ADDRESS_NO_PORT, 1)
             connection.bind((self._sources[number % len(self._sources)], 0))
-        code = connection.connect_ex((target.host, target.port))
+        code = connection.connect_ex(address)
         fd = connection.detach()
         self._number[fd] = number
         self._last[fd] = UNKNOWN

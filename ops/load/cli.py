@@ -20,6 +20,7 @@ from build import BuildError
 from fleet import FleetError, run, say_progress
 from publisher import PublishError
 from servers import ServerError
+from swarm import authority, resolved
 from terminal import Progress
 
 from load.arguments import not_negative, percents, pids, positive, setting, source_addresses, whole
@@ -211,7 +212,9 @@ def _served(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if not options.start:
         host, port = address_of(options.url)
         _knock(host, port, "--url")
-        pids = options.pids or (listeners(port) if host.startswith("127.") or host == "localhost" else [])
+        if options.sources and resolved(host, port)[0] != socket.AF_INET:
+            raise ValueError(f"--sources are IPv4 addresses, and {host} has none")
+        pids = options.pids or (listeners(port) if host.startswith("127.") or host in ("localhost", "::1") else [])
         yield {"host": host, "port": port, "form": options.server, "token": options.token, "pids": pids,
                "about": {"url": options.url, "version": version_said(host, port, options.server, options.token)}}
         return
@@ -234,7 +237,7 @@ def _knock(host: str, port: int, argument: str) -> None:
     try:
         socket.create_connection((host, port), KNOCK_SECONDS).close()
     except OSError as error:
-        raise OSError(f"nobody answers on {host}:{port} ({argument}): {error.strerror or error}") from error
+        raise OSError(f"nobody answers on {authority(host, port)} ({argument}): {error.strerror or error}") from error
 
 
 def _replay(options: argparse.Namespace) -> int:

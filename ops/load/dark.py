@@ -18,7 +18,7 @@ from typing import Any
 
 from fleet import Fleet
 from publisher import Publisher, PublishError, mark, post
-from swarm import Target
+from swarm import Target, authority
 from terminal import Progress
 
 from load.metrics import scraped
@@ -132,7 +132,7 @@ class Dark:
         try:
             self._service.publish(order)
         except (OSError, PublishError) as error:
-            where = f"{self._service.host}:{self._service.port}"
+            where = authority(self._service.host, self._service.port)
             raise OrderError(f"the service on {where} takes no order: {error}") from error
 
     # -- one level

@@ -8,6 +8,8 @@ from http.client import HTTPException
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+from swarm import authority
+
 SECONDS = 5.0
 UNKNOWN = "unknown"
 
@@ -32,7 +34,8 @@ def version_said(host: str, port: int, name: str, token: str = "") -> str:
 
 def _asked(host: str, port: int, token: str) -> tuple[str, str]:
     """The text of /metrics and the `Server` header; empty for what there is not."""
-    request = Request(f"http://{host}:{port}/metrics", headers={"Authorization": f"Bearer {token}"} if token else {})
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    request = Request(f"http://{authority(host, port)}/metrics", headers=headers)
     try:
         with urlopen(request, timeout=SECONDS) as answer:
             is_text = answer.headers.get_content_type() == "text/plain"  # a stream has no end

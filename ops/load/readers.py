@@ -23,7 +23,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from swarm import AGAIN_SECONDS, BUCKETS_PER_E, IN_FLIGHT, READ, Swarm, Target
+from swarm import AGAIN_SECONDS, BUCKETS_PER_E, IN_FLIGHT, READ, Swarm, Target, authority
 
 from load.shape import Shape, Stream, expanded, read_shape
 from load.targets import FORMS, Form
@@ -85,7 +85,7 @@ class Readers(Swarm):
         self._target = target
         self._sources = target.source.split(",") if target.source else []
         self._form = form
-        self._host = f"{target.host}:{target.port}"
+        self._host = authority(target.host, target.port)
         self._prefix = prefix
         self._breaks = breaks
         self._events = shape.events
