@@ -31,7 +31,7 @@ sys.path += [str(ROOT / "ops"), str(ROOT / "ops" / "bench")]
 
 import probe
 from load.cli import main as command_line
-from load.cli import told_value
+from load.cli import replay_text, told_value
 from load.dark import Dark, OrderError, Site
 from load.dark import Test as DarkTest
 from load.dark import told as dark_told
@@ -496,6 +496,16 @@ def test_replay_detects_a_server_that_breaks_a_promise(fault: str, verdicts: dic
 
     assert wrong == {fault}
     assert verdicts[fault]["code"] == 1
+
+
+def test_name_and_count_are_apart_however_long_the_name_is() -> None:
+    found = {"interrupted": None, "verdict": {}, "totals": {}, "wrong": {}, "latency": {}, "acknowledged": {},
+             "opening": {}, "late_ms": {}, "server_cpu_seconds": 1.5, "client_cpu_seconds": 2.5,
+             "errors": {"publish: status 400": 39, "publish: ConnectionRefusedError": 7}}
+
+    assert replay_text(found).splitlines()[1:] == [
+        "server CPU, s           1.5", "client CPU, s           2.5", "error publish: status 400 39",
+        "error publish: ConnectionRefusedError 7"]
 
 
 @pytest.fixture(scope="module")

@@ -127,7 +127,7 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _figures_text(found: dict[str, float]) -> str:
-    return "\n".join(f"{name:24}{value:>12g}" for name, value in found.items())
+    return "\n".join(f"{name:23} {value:>12g}" for name, value in found.items())
 
 
 def _add_expansion(parser: argparse.ArgumentParser) -> None:
@@ -256,7 +256,7 @@ def _replay(options: argparse.Namespace) -> int:
 
 def _told(options: argparse.Namespace, found: dict[str, Any]) -> int:
     brief = {name: value for name, value in found.items() if name not in ("seconds", "histogram", "shape")}
-    _print(options, brief, _replay_text(found))
+    _print(options, brief, replay_text(found))
     _save(options, found)
     if found["interrupted"] is not None:
         say_progress(f"broken off{_written_to(options)}")
@@ -286,7 +286,7 @@ def holds(found: dict[str, Any]) -> bool:
     return all(found["verdict"].values()) and (objective is None or (p99 is not None and p99 <= objective))
 
 
-def _replay_text(found: dict[str, Any]) -> str:
+def replay_text(found: dict[str, Any]) -> str:
     interrupted = {} if found["interrupted"] is None else {"broken off after, s": found["interrupted"]}
     verdict = ", ".join(f"{'' if value else 'NOT '}{name}" for name, value in found["verdict"].items())
     rows = {**interrupted, "verdict": verdict, **found["totals"],
@@ -297,7 +297,7 @@ def _replay_text(found: dict[str, Any]) -> str:
             **{f"late {role}, ms": value for role, value in found["late_ms"].items()},
             "server CPU, s": found["server_cpu_seconds"], "client CPU, s": found["client_cpu_seconds"],
             **{f"error {name}": count for name, count in found["errors"].items()}}
-    return "\n".join(f"{name:24}{value}" for name, value in rows.items())
+    return "\n".join(f"{name:23} {value}" for name, value in rows.items())
 
 
 # -- ramp
