@@ -100,6 +100,7 @@ BAD_TABLES = {
     "another kind": (HEAD + "1,nick,ann,0\n", "line 2"),
     "a line cut off": (HEAD + "1,join\n", "line 2"),
     "a value of megabytes": (HEAD + "1,join," + "a" * 200_000, "is no CSV: field larger"),
+    "more bytes than any event": (HEAD + "1,message,ann,99999999999999\n", "line 2: bytes are 67108864 at most"),
     "nobody": (HEAD + "1,join,,0\n", "line 2"),
 }
 
@@ -155,7 +156,13 @@ BAD_ROWS = {
     "a word for a time": (json.dumps([*OPEN[:1], "x", *OPEN[2:]]), ': at is a number of 0 or more, not "x"'),
     "no time": (json.dumps([*OPEN[:1], float("nan"), *OPEN[2:]]), ": at is a number of 0 or more, not NaN"),
     "no topic": (json.dumps([*OPEN[:4], [], 0]), ": topics is an array of one whole number or more, not []"),
-    "a size below 0": (json.dumps([*EVENT[:3], -5, *EVENT[4:]]), ": bytes is a whole number of 0 or more, not -5"),
+    "a size below 0": (json.dumps([*EVENT[:3], -5, *EVENT[4:]]), ": bytes is a whole number of 0 to 67108864, not -5"),
+    "a size beyond all": (json.dumps([*EVENT[:3], 99999999999999, *EVENT[4:]]),
+                          ": bytes is a whole number of 0 to 67108864, not 99999999999999"),
+    "before the line above": (json.dumps(["event", 0.5, *EVENT[2:]]), ": it is at 0.5 s, before the line above, at 1 s"),
+    "after the end": (json.dumps(["event", 3.5, *EVENT[2:]]), ": it is at 3.5 s, after the 3 s that the shape takes"),
+    "opened twice": (json.dumps(["open", 2.0, *OPEN[2:]]), ": stream 1 is opened a second time"),
+    "ended and never opened": ('["close", 2.0, 2, ""]', ": stream 2 ends, and is not open"),
     "another keep": (json.dumps([*EVENT[:5], "some", *EVENT[6:]]), ': keep is all, latest, none, not "some"'),
 }
 
@@ -167,6 +174,29 @@ def test_damaged_shape_is_refused_with_its_line(row: str, said: str, tmp_path: P
 
     with pytest.raises(ShapeError, match=re.escape(f"{tmp_path}/shape, line 3{said}")):
         read_shape(tmp_path / "shape")
+
+
+def test_stream_ends_once_and_is_not_opened_again(tmp_path: Path) -> None:
+    head, end = '{"shape": 1, "seconds": 3.0, "source": "x"}', '["close", 1.0, 1, ""]'
+
+    for row, said in (end, "ends, and is not open"), (json.dumps(OPEN), "is opened a second time"):
+        (tmp_path / "shape").write_text("\n".join([head, json.dumps(OPEN), end, row]) + "\n")
+        with pytest.raises(ShapeError, match=f"line 4: stream 1 {said}"):
+            read_shape(tmp_path / "shape")
+
+
+@pytest.mark.parametrize(("shape", "said"), [
+    (Shape(1.0, (Stream(0.0, None, 1, (1,)),), ()), "of its 0 events none is for one of its 1 streams"),
+    (Shape(1.0, (), (Event(0.5, (1,), 10),)), "of its 1 events none is for one of its 0 streams"),
+    (Shape(1.0, (Stream(0.0, None, 1, (1,)),), (Event(0.5, (2,), 10),)), "of its 1 events none is for one of its 1"),
+], ids=["no events", "no streams", "other topics"])
+def test_shape_that_could_verify_nothing_is_not_replayed(shape: Shape, said: str, tmp_path: Path) -> None:
+    write_shape(tmp_path / "shape", shape)
+
+    done = load("replay", tmp_path / "shape")
+
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"load: {tmp_path}/shape: nothing to replay: {said}")
 
 
 @pytest.mark.parametrize("head", ["", "[]", '{"shape": 2}', '{"shape": 1, "source": "x"}',
@@ -571,7 +601,7 @@ def test_report_is_one_page_that_needs_nothing_else(replayed: tuple[Path, dict[s
 
 
 def test_report_tells_workers_version_and_settings_of_the_server_that_was_started(tmp_path: Path) -> None:
-    write_shape(tmp_path / "shape", crowd(0.5, 4, 5))
+    write_shape(tmp_path / "shape", crowd(1.0, 4, 5))
 
     done = load("replay", tmp_path / "shape", "--readers", 1, "--start", "pushsvc", "--workers", 2,
                 "--set", "PUSHSVC_HEARTBEAT_SECONDS=77",
@@ -730,7 +760,7 @@ def test_replay_draws_one_bar_on_a_terminal(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["replay", "ramp"])
 def test_streams_come_from_the_sources_that_are_named(command: str, tmp_path: Path) -> None:
-    write_shape(tmp_path / "shape", Shape(0.5, SMALL.streams[:1] * 8, SMALL.events[:1], "test"))
+    write_shape(tmp_path / "shape", Shape(1.0, QUIET.streams * 8, QUIET.events, "test"))
     ramp = ["--step", 8, "--most", 8, "--hold", 0.2]
     server = Faulty("none")
     try:
@@ -831,7 +861,7 @@ def test_result_that_cannot_be_written_is_told_before_the_run(command: list[Any]
 
 @pytest.mark.parametrize("option", ["-o", "--report"])
 def test_result_that_cannot_be_saved_is_printed_all_the_same(option: str, tmp_path: Path) -> None:
-    write_shape(tmp_path / "shape", crowd(0.5, 4, 5))
+    write_shape(tmp_path / "shape", crowd(1.0, 4, 5))
     server = Faulty("none")
     try:
         replay = load("replay", tmp_path / "shape", "--url", server.url, "--readers", 1, option, "/dev/full", "--json")

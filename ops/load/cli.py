@@ -240,8 +240,17 @@ def _knock(host: str, port: int, argument: str) -> None:
         raise OSError(f"nobody answers on {authority(host, port)} ({argument}): {error.strerror or error}") from error
 
 
+def _check_shape(path: Path) -> None:
+    """Raises ShapeError for a shape that could verify nothing: that is told before anything is started."""
+    shape = read_shape(path)
+    topics = {topic for each in shape.streams for topic in each.topics}
+    if topics.isdisjoint(topic for each in shape.events for topic in each.topics):
+        raise ShapeError(f"{path}: nothing to replay: of its {len(shape.events)} events none is for one of its "
+                         f"{len(shape.streams)} streams")
+
+
 def _replay(options: argparse.Namespace) -> int:
-    read_shape(options.shape)  # one that is none is told before anything is started
+    _check_shape(options.shape)
     _check_outputs(options)
     with _served(options) as server:
         pids, about = server.pop("pids"), server.pop("about")

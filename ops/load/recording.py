@@ -78,7 +78,8 @@ def _streams(file: _File, begun: float, until: float) -> list[Stream]:
     for _, at, number, client, topics, resumed in (row for row in file.rows if row[0] == "open" and row[1] <= until):
         closed, reason = ends.get(number, (None, ""))
         over = closed is None or closed > until
-        found.append(Stream(max(0.0, at - begun), None if over else closed - begun, client, tuple(topics), bool(resumed),
+        opened = max(0.0, at - begun)
+        found.append(Stream(opened, None if over else max(opened, closed - begun), client, tuple(topics), bool(resumed),
                             "" if over else reason))
     return found
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 FORMAT = 1
 KEEPS = ("all", "latest", "none")
 MOST = 1 << 53  # of a number in a file: larger ones are not exact in JSON
+MOST_BYTES = 1 << 26  # of an event's data: a replay has some of them in memory at once
 Checked = TypeVar("Checked")
 
 
@@ -128,7 +129,8 @@ def read_shape(path: Path) -> Shape:
     try:
         with path.open(encoding="utf-8") as file:
             head = read_line(path, 1, file.readline(), _checked_head)
-            return _assembled(head, [read_line(path, number, line, _checked) for number, line in enumerate(file, 2)])
+            course = _Course(head["seconds"])
+            return _assembled(head, [read_line(path, number, line, course.taken) for number, line in enumerate(file, 2)])
     except OSError as error:
         raise ShapeError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -170,6 +172,36 @@ def _checked(row: Any) -> list[Any]:
     return row
 
 
+class _Course:
+    """What the lines before tell of the next one. seconds: how long the shape takes."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._at = 0.0
+        self._opened: set[int] = set()
+        self._open: set[int] = set()
+
+    def taken(self, row: Any) -> list[Any]:
+        """The next line, checked. Raises ValueError."""
+        found = _checked(row)
+        kind, at, stream = found[:3]
+        if at < self._at:
+            raise ValueError(f"it is at {at:g} s, before the line above, at {self._at:g} s")
+        if at > self._seconds:
+            raise ValueError(f"it is at {at:g} s, after the {self._seconds:g} s that the shape takes")
+        self._at = at
+        if kind == "open" and stream in self._opened:
+            raise ValueError(f"stream {stream} is opened a second time")
+        if kind == "close" and stream not in self._open:
+            raise ValueError(f"stream {stream} ends, and is not open")
+        if kind == "open":
+            self._opened.add(stream)
+            self._open.add(stream)
+        elif kind == "close":
+            self._open.remove(stream)
+        return found
+
+
 def _is_time(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value < MOST
 
@@ -186,6 +218,7 @@ NUMBER = "a whole number of 0 or more", _is_number
 VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "at": ("a number of 0 or more", _is_time), "topics": ("an array of one whole number or more", _are_topics),
     "resumed": ("0 or 1", lambda value: value in (0, 1)), "reason": ("a text", lambda value: isinstance(value, str)),
+    "bytes": (f"a whole number of 0 to {MOST_BYTES}", lambda value: _is_number(value) and value <= MOST_BYTES),
     "keep": (", ".join(KEEPS), lambda value: value in KEEPS)}
 COLUMNS = {"open": ("at", "stream", "client", "topics", "resumed"), "close": ("at", "stream", "reason"),
            "event": ("at", "topics", "bytes", "type", "keep", "key", "fan_out")}

@@ -11,7 +11,7 @@ import csv
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from load.shape import Event, Shape, ShapeError, Stream, numbered, shaped, with_fan_outs
+from load.shape import MOST_BYTES, Event, Shape, ShapeError, Stream, numbered, shaped, with_fan_outs
 
 COLUMNS = ("seconds", "kind", "who", "bytes")
 JOIN, LEAVE, MESSAGE = "join", "leave", "message"
@@ -94,6 +94,8 @@ def _checked(path: Path, reader: csv.DictReader[str]) -> list[tuple[float, str, 
             raise ShapeError(f"{where}: kind is {JOIN}, {LEAVE} or {MESSAGE}")
         if not 0 <= read[0] < float("inf") or read[3] < 0 or not read[2]:
             raise ShapeError(f"{where}: a value is missing or negative")
+        if read[3] > MOST_BYTES:
+            raise ShapeError(f"{where}: bytes are {MOST_BYTES} at most")
         if rows and read[0] < rows[-1][0]:
             raise ShapeError(f"{where}: the time goes back")
         rows.append(read)
