@@ -161,6 +161,23 @@ def test_load_at_the_distance_of_a_wall_meets_it(
     assert again[0].reach == pytest.approx(1, rel=0.01)
 
 
+def test_more_workers_than_the_service_starts_are_further_machines() -> None:
+    need, found = planned(replace(LOAD, users=30_000_000))
+    [wall] = [wall for wall in found if wall.name == "descriptors"]
+    assert need.workers == 1024
+    assert wall.reach < 1
+    assert wall.setting.startswith("2 machines, for one has 1,024 workers at most, or LimitNOFILE")
+    _, found = planned(replace(LOAD, workers=4, messages_per_second=100_000), replace(MACHINE, cores=5000))
+    assert (found[0].name, found[0].setting) == ("cpu", "WEB_CONCURRENCY=1024")
+
+
+def test_largest_numbers_make_json() -> None:
+    most: dict[str, Any] = {each.name: 1e9 if each.type == "float" else 10**9 for each in fields(Load)}
+    load = Load(**most | {"sockets": 4, "workers": 0, "addresses": 0})
+    found = sheet.as_json(load, MACHINE, SETTINGS, KNOWN, *planned(load))
+    assert json.loads(json.dumps(found, allow_nan=False))["fits"] is False
+
+
 @pytest.mark.parametrize("users", [1000, 50_000, 500_000])
 def test_setting_that_moves_a_wall_is_above_the_need_and_the_limit(users: int) -> None:
     _, found = planned(replace(LOAD, users=users))
@@ -227,6 +244,9 @@ def test_verdict_tells_whether_it_fits_and_what_to_set() -> None:
         ({"storm_seconds": 0}, "storm_seconds is at least 0.1"),
         ({"event_bytes": -5}, "event_bytes is at least 0"),
         ({"sockets": 7}, "sockets is at most 4, not 7"),
+        ({"messages_per_second": 1e308}, r"messages_per_second is at most 1000000000, not 1e\+308"),
+        ({"storm_seconds": float("inf")}, "storm_seconds is at most 1000000000, not inf"),
+        ({"workers": 1025}, "workers is at most 1024, not 1025"),
     ],
 )
 def test_load_that_cannot_be_is_refused(change: dict[str, Any], said: str) -> None:
@@ -255,9 +275,12 @@ def _without(name: str) -> dict[str, Any]:
     ("change", "said"),
     [
         ({"shape": 0}, "no calibration of this version"),
-        ({"costs": _without("event_us")}, "event_us is a number of 0 or more, not None"),
-        ({"costs": asdict(COSTS) | {"event_us": -1}}, "event_us is a number of 0 or more, not -1"),
+        ({"costs": _without("event_us")}, "event_us is a number of 0 or more, not 'None'"),
+        ({"costs": asdict(COSTS) | {"event_us": -1}}, "event_us is a number of 0 or more, not '-1'"),
         ({"costs": asdict(COSTS) | {"event_us": True}}, "event_us"),
+        ({"costs": asdict(COSTS) | {"connect_us": 0}}, "connect_us is a number of 0.001 or more, not '0'"),
+        ({"costs": asdict(COSTS) | {"event_us": 1e300}}, r"event_us is a number of 0 or more, not '1e\+300'"),
+        ({"machine": asdict(MACHINE) | {"cores": 0}}, "cores is a number of 1 or more, not '0'"),
         ({"machine": None}, "has no machine"),
         ({"date": 5}, "date is a text"),
     ],
@@ -267,6 +290,12 @@ def test_calibration_that_was_tampered_with_is_refused(tmp_path: Path, change: d
     path.write_text(json.dumps({"shape": calibration.SHAPE, **asdict(KNOWN)} | change))
     with pytest.raises(PlanError, match=said):
         calibration.load(path)
+
+
+def test_calibration_nested_without_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("[" * 100_000)
+    with pytest.raises(PlanError, match="file is no calibration: maximum recursion depth"):
+        calibration.load(tmp_path / "file")
 
 
 def plan(*arguments: object, **env: str) -> "subprocess.CompletedProcess[str]":
@@ -290,6 +319,9 @@ REQUIRED = ("--users", 10_000, "--messages-per-second", 100, "--fan-out", 10)
         *(((*REQUIRED, f"--{name}", 0), {}, f"plan: {name.replace('-', '_')} is above 0, not 0")
           for name in ("workers", "addresses", "cores", "memory-gb", "descriptors")),
         ((*REQUIRED, "--memory-gb", "nan"), {}, "plan: memory_gb is above 0, not nan"),
+        ((*REQUIRED, "--memory-gb", "1e300"), {}, "plan: memory_gb is at most 1e+09, not 1e+300"),
+        ((*REQUIRED, "--cores", -3), {}, "plan: cores is above 0, not -3"),
+        ((*REQUIRED, "--event-bytes", 1_048_577), {}, "plan: event_bytes is at most 1048576, as PUSHSVC_MAX_BODY_BYTES"),
         ((*REQUIRED, "--sockets", 7), {}, "plan: sockets is at most 4, not 7"),
         (REQUIRED, {"PUSHSVC_BACKLOG": "x"}, "plan: PUSHSVC_BACKLOG is a whole number, not 'x'"),
     ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from ops.plan.errors import PlanError
 from ops.plan.machine import Machine
 
 SHAPE = 1  # of the file; another one is refused
+LEAST = {"connect_us": 0.001} | {each.name: 1 for each in fields(Machine)}  # what something is divided by
+MOST = (1 << 63) - 1  # Linux's own for fs.file-max
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +95,7 @@ def load(path: Path) -> Calibration:
     """Raises PlanError: what is wrong with the file."""
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"{path} is no calibration: {error}") from error
     if not isinstance(found, dict) or found.get("shape") != SHAPE:
         raise PlanError(f"{path} is no calibration of this version: make a new one with --calibrate")
@@ -112,9 +113,9 @@ def _all(path: Path, found: dict[str, Any], kind: type[Costs] | type[Machine]) -
 
 
 def _number(path: Path, found: dict[str, Any], name: str) -> float:
-    value = found.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise PlanError(f"{path}: {name} is a number of 0 or more, not {value!r}")
+    value, least = found.get(name), LEAST.get(name, 0)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= MOST:
+        raise PlanError(f"{path}: {name} is a number of {least:g} or more, not {str(value)[:40]!r}")
     return value
 
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, fields
 
 from ops.plan.errors import PlanError
+from pushsvc.settings import MOST_WORKERS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,12 +43,13 @@ class Load:
 
 
 _LEAST = {"users": 1, "topics_per_stream": 1, "storm_seconds": 0.1, "group": 1, "sockets": 1}
-_MOST = {"sockets": 4}
+_MOST = {"sockets": 4, "workers": MOST_WORKERS}
+_MOST_OF_ALL = 1e9  # beyond it the figures mean nothing, and in the end are no numbers any more
 
 
 def _check(name: str, value: float) -> None:
-    least, most = _LEAST.get(name, 0), _MOST.get(name, math.inf)
-    if not math.isfinite(value) or value < least:
+    least, most = _LEAST.get(name, 0), _MOST.get(name, _MOST_OF_ALL)
+    if math.isnan(value) or value < least:
         raise PlanError(f"{name} is at least {least:g}, not {value:g}")
     if value > most:
-        raise PlanError(f"{name} is at most {most:g}, not {value:g}")
+        raise PlanError(f"{name} is at most {most:.10g}, not {value:g}")

@@ -9,7 +9,7 @@ from ops.limits.needs import OWN_DESCRIPTORS, descriptors, fullest, workers_hold
 from ops.plan.calibration import Costs
 from ops.plan.load import Load
 from ops.plan.machine import Machine
-from pushsvc.settings import Settings
+from pushsvc.settings import MOST_WORKERS, Settings
 
 HOUR = 3600.0
 MICRO = 1e-6
@@ -64,9 +64,9 @@ class Needs:
 
 def needs(load: Load, costs: Costs, machine: Machine, settings: Settings) -> Needs:
     """What `load` needs there. With `workers` or `addresses` 0 in it: as many as hold its streams, a worker per core at
-    least."""
+    least, but no more than the service starts."""
     most = max_streams(machine, settings)
-    workers = load.workers or max(machine.cores, workers_holding(load.users, most))
+    workers = load.workers or min(MOST_WORKERS, max(machine.cores, workers_holding(load.users, most)))
     addresses = load.addresses or _addresses(load, machine)
     streams = fullest(load.users, workers)
     rate, base = rates(load, settings), costs.service_bytes + (workers - 1) * costs.worker_bytes

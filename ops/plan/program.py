@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import signal
 import sys
@@ -33,6 +32,7 @@ from pushsvc.settings import Settings
 
 FILE = Path(__file__).resolve().parents[2] / "var" / "calibration.json"
 SAMPLE = 12_000
+MOST_GIVEN = 1e9  # of cores, gigabytes and the like
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = {each.name: getattr(options, each.name) for each in fields(Load)}
         load = Load(**{name: value for name, value in given.items() if value is not None})
         settings = Settings.from_environ(os.environ)
-        _check_topics(load, settings)
+        _check_settings(load, settings)
         costs = _calibration(options)
     except (PlanError, SettingsError) as error:
         print(f"plan: {error.detail if isinstance(error, SettingsError) else error}", file=sys.stderr)
@@ -92,14 +92,18 @@ def _check_given(options: argparse.Namespace) -> None:
     """What stands for what there is, or for what is needed, unless it is given: then it is some. Raises PlanError."""
     for name in ("workers", "addresses", "cores", "memory_gb", "descriptors"):
         value = getattr(options, name)
-        if value is not None and not 0 < value < math.inf:
-            raise PlanError(f"{name} is above 0, not {value:g}")
+        if value is not None and not 0 < value <= MOST_GIVEN:
+            bound = f"at most {MOST_GIVEN:g}" if value > MOST_GIVEN else "above 0"
+            raise PlanError(f"{name} is {bound}, not {value:g}")
 
 
-def _check_topics(load: Load, settings: Settings) -> None:
-    most = settings.max_topics_per_stream
-    if load.topics_per_stream > most:
-        raise PlanError(f"topics_per_stream is at most {most}, as PUSHSVC_MAX_TOPICS_PER_STREAM says")
+def _check_settings(load: Load, settings: Settings) -> None:
+    """What the service would refuse. Raises PlanError."""
+    for name, most, variable in (
+            ("topics_per_stream", settings.max_topics_per_stream, "PUSHSVC_MAX_TOPICS_PER_STREAM"),
+            ("event_bytes", settings.max_body_bytes, "PUSHSVC_MAX_BODY_BYTES")):
+        if getattr(load, name) > most:
+            raise PlanError(f"{name} is at most {most}, as {variable} says")
 
 
 def _end(number: int, frame: FrameType | None) -> None:

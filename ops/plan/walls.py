@@ -11,7 +11,7 @@ from ops.plan.calibration import Costs
 from ops.plan.load import Load
 from ops.plan.machine import Machine
 from ops.plan.needs import MICRO, Needs, connect_us
-from pushsvc.settings import Settings
+from pushsvc.settings import MOST_WORKERS, Settings
 
 CPU_USABLE = 0.7  # of a core: above it whatever comes in a bunch waits long
 MEMORY_USABLE = 0.8  # the rest is for buffers under load, the disk's cache and the system
@@ -42,10 +42,11 @@ def walls(load: Load, costs: Costs, machine: Machine, settings: Settings, need: 
 def _cpu(machine: Machine, need: Needs) -> Wall:
     cores = min(need.workers, machine.cores)
     usable = cores * CPU_USABLE
-    more = need.workers < machine.cores
+    most = min(machine.cores, MOST_WORKERS)
+    more = need.workers < most
     return Wall(name="cpu", need=need.cpu, limit=usable, unit="cores",
                 reach=_reach(usable - need.cpu_idle, need.cpu - need.cpu_idle),
-                setting=f"WEB_CONCURRENCY={machine.cores}" if more else "more cores, or a further machine",
+                setting=f"WEB_CONCURRENCY={most}" if more else "more cores, or a further machine",
                 is_setting=more)
 
 
@@ -57,8 +58,9 @@ def _memory(machine: Machine, need: Needs) -> Wall:
 
 
 def _descriptors(load: Load, settings: Settings, need: Needs) -> Wall:
-    workers = workers_holding(load.users, need.max_streams)
-    more = f"WEB_CONCURRENCY={max(workers, need.workers + 1)}"
+    workers = max(workers_holding(load.users, need.max_streams), need.workers + 1)
+    more = (f"WEB_CONCURRENCY={workers}" if workers <= MOST_WORKERS else
+            f"{math.ceil(workers / MOST_WORKERS)} machines, for one has {MOST_WORKERS:,} workers at most")
     own = f"PUSHSVC_MAX_STREAMS={need.streams_per_worker}" if settings.max_streams else "LimitNOFILE (ulimit -n)"
     return Wall(name="descriptors", need=need.streams_per_worker, limit=need.max_streams, unit="streams of a worker",
                 reach=_reach(need.max_streams, need.streams_per_worker), setting=f"{more}, or {own}", is_setting=True)
