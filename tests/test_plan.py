@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, fields, replace
@@ -217,7 +218,7 @@ def test_every_field_of_a_load_and_every_setting_that_counts_changes_what_is_pri
         assert text(settings=Settings(**other)) != text(), name
 
 
-@pytest.mark.parametrize("word", ["%", "1.07", "loopback", "TLS", "tokens", "a day", "a version", "700", "66", "random",
+@pytest.mark.parametrize("word", ["1.07", "loopback", "TLS", "tokens", "a day", "a version", "700", "66", "random",
                                   "70%", "80%", "5,000 bytes"])
 def test_what_the_plan_takes_for_granted_is_printed(word: str) -> None:
     assert word in "\n".join(sheet.assumptions(LOAD, MACHINE, SETTINGS, KNOWN))
@@ -347,6 +348,23 @@ def test_exit_code_tells_whether_the_load_fits(tmp_path: Path) -> None:
     assert (tight.returncode, json.loads(tight.stdout)["needs"]["workers"]) == (0, 11)
     assert plan(*REQUIRED, "--calibration", file, "--workers", 1, PUSHSVC_MAX_STREAMS="1000").returncode == 1
     assert plan(*REQUIRED, "--calibration", file, "--memory-gb", 0.1).returncode == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_calibration_that_is_broken_off_ends_with_130_and_keeps_nothing(number: int, tmp_path: Path) -> None:
+    measuring = subprocess.Popen([sys.executable, "ops/plan", *map(str, REQUIRED), "--calibrate", "--calibration",
+                                  str(tmp_path / "file"), "--sample", "1000"], cwd=ROOT, stderr=subprocess.PIPE,
+                                 text=True)
+    try:
+        assert measuring.stderr is not None
+        assert "1,000 streams on one topic" in measuring.stderr.readline()
+        measuring.send_signal(number)
+        assert measuring.communicate(timeout=TIMEOUT)[1].splitlines()[-1] == "broken off"
+    finally:
+        measuring.kill()
+        measuring.wait()
+    assert measuring.returncode == 130
+    assert not [*tmp_path.iterdir()]
 
 
 def test_small_real_calibration_finds_plausible_costs_and_is_used(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ Measures for half a minute what things cost here (the real service on loopback, 
 file, and reckons with it: workers, memory, bandwidth, descriptors, processor time, and the walls with what moves them.
 PUSHSVC_* variables count as they would for the service. docs/plan.md tells how it is reckoned.
 
-Exit codes: 0 the load fits; 1 a wall is in its way; 2 bad input, or the calibration could not be read or made.
+Exit codes: 0 the load fits; 1 a wall is in its way; 2 bad input, or the calibration could not be read or made; 130
+broken off (Ctrl-C, SIGTERM, SIGHUP).
 """
 
 from __future__ import annotations
