@@ -235,6 +235,48 @@ def test_shapes_are_alike_within_a_tolerance_and_the_figure_that_is_not_is_named
     assert "streams_per_second" in [each.name for each in differences(SMALL, twice, 0.1) if not each.alike]
 
 
+def traffic(streams: int, events: int, resumed: int = 0, lifetime: float = 5.0, size: int = 100) -> Shape:
+    """In 1,000 s, evenly."""
+    return Shape(1000.0, tuple(Stream(float(number), number + lifetime, number, (1,), number < resumed)
+                               for number in range(streams)),
+                 tuple(Event(number * 1000 / events, (1,), size, fan_out=1) for number in range(events)))
+
+
+APART = {
+    "a tenth": (traffic(100, 100), traffic(91, 91), "events_per_second", "tolerance"),
+    "more than a tenth": (traffic(100, 100), traffic(100, 85), "events_per_second", ""),
+    "one event of few": (traffic(100, 3), traffic(100, 2), "events_per_second", "slack"),
+    "two events of few": (traffic(100, 4), traffic(100, 2), "events_per_second", ""),
+    "45 events and one": (traffic(100, 45), traffic(100, 1), "events_per_second", ""),
+    "a short lifetime": (traffic(9, 9, lifetime=0.5), traffic(9, 9, lifetime=0.1), "lifetime_p50_s", ""),
+    "a lifetime and a moment": (traffic(9, 9, lifetime=0.15), traffic(9, 9, lifetime=0.1), "lifetime_p50_s", "slack"),
+    "two of a hundred resumed": (traffic(100, 9, 2), traffic(100, 9), "resumed_share", ""),
+    "one of fifty resumed": (traffic(50, 9, 1), traffic(50, 9), "resumed_share", ""),
+    "one of two hundred resumed": (traffic(200, 9, 1), traffic(200, 9), "resumed_share", "slack"),
+    "a byte": (traffic(9, 9, size=2), traffic(9, 9, size=1), "bytes_mean", "slack"),
+    "two bytes": (traffic(9, 9, size=3), traffic(9, 9, size=1), "bytes_mean", ""),
+}
+
+
+@pytest.mark.parametrize(("first", "second", "figure", "by"), APART.values(), ids=APART)
+def test_figure_is_alike_by_the_tolerance_or_by_a_small_slack(first: Shape, second: Shape, figure: str, by: str) -> None:
+    [found] = [each for each in differences(first, second, 0.1) if each.name == figure]
+
+    assert (found.by, found.alike) == (by, bool(by))
+
+
+def test_comparison_says_for_each_figure_why_it_is_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_shape(tmp_path / "a", traffic(100, 3))
+    write_shape(tmp_path / "b", traffic(100, 2, size=200))
+
+    assert command_line(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+
+    said = {line.split()[0]: line.split(maxsplit=3)[3] for line in capsys.readouterr().out.splitlines()}
+    assert said["peak_streams"] == "alike, within 0.1"
+    assert said["events_per_second"] == "alike, within its slack"
+    assert said["bytes_mean"] == "DIFFERENT"
+
+
 def recorded(folder: Path, name: str, *rows: list[Any], end: str = "closed", until: float = 109.0) -> None:
     lines = [["shape", 1, 100.0], *rows, *([["end", until, end]] if end else [])]
     (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -26,7 +26,7 @@ from terminal import Progress
 from load.arguments import not_negative, percents, pids, positive, setting, source_addresses, whole
 from load.crew import CrewError
 from load.dark import Dark, Site, Test
-from load.figures import differences, figures
+from load.figures import SLACKS, differences, figures
 from load.metrics import version_said
 from load.ramp import RATE, STREAMS, Climb, Ramp
 from load.recording import read_recording
@@ -139,6 +139,7 @@ def _add_expansion(parser: argparse.ArgumentParser) -> None:
 
 def _add_compare(commands: Any) -> None:
     parser = _command(commands, "compare", _compare, "Whether two shapes are alike: rates, lifetimes, sizes, fan-outs.")
+    parser.epilog = f"{SLACKS}\n\n{EPILOG}"
     parser.add_argument("first", type=Path)
     parser.add_argument("second", type=Path)
     parser.add_argument("--tolerance", type=not_negative, default=0.1, help="as a part of the larger (%(default)g)")
@@ -150,10 +151,10 @@ def _compare(options: argparse.Namespace) -> int:
     first = expanded(read_shape(options.first), options.times, options.speed, options.spread)
     found = differences(first, read_shape(options.second), options.tolerance)
     alike = all(each.alike for each in found)
-    rows = [f"{each.name:24}{each.first:>12g}{each.second:>12g}  {'alike' if each.alike else 'DIFFERENT'}"
-            for each in found]
-    _print(options, {"alike": alike, "figures": {each.name: [each.first, each.second, each.alike] for each in found}},
-           "\n".join(rows))
+    says = {"tolerance": f"alike, within {options.tolerance:.3g}", "slack": "alike, within its slack", "": "DIFFERENT"}
+    rows = [f"{each.name:23} {each.first:>12g} {each.second:>12g}  {says[each.by]}" for each in found]
+    _print(options, {"alike": alike, "figures": {each.name: [each.first, each.second, each.alike, each.by]
+                                                 for each in found}}, "\n".join(rows))
     return OK if alike else BROKEN
 
 

@@ -8,21 +8,38 @@ from dataclasses import dataclass
 
 from load.shape import Shape
 
-# What makes two shapes alike, with what may differ in absolute terms where the figure itself is small.
-COMPARED = {"streams_per_second": 0.05, "peak_streams": 2.0, "lifetime_mean_s": 0.5, "lifetime_p50_s": 0.5,
-            "lifetime_p90_s": 0.5, "topics_per_stream": 0.05, "resumed_share": 0.02, "events_per_second": 0.05,
-            "bytes_mean": 2.0, "bytes_p90": 2.0, "fan_out_mean": 0.5, "fan_out_p50": 1.0, "fan_out_p90": 1.0,
-            "deliveries_per_second": 0.5, "burst": 0.5}
+ONE = "one more or less"  # stream or event: as a rate, a share, or a part of the mean second
+LEAST_SECONDS, LEAST_BYTES, LEAST_STREAMS = 0.05, 1.0, 1.0
+MOST_SHARE = 0.01
+
+# What makes two shapes alike: each figure within the tolerance or, where it is small, within a slack.
+COMPARED = {"streams_per_second": ONE, "peak_streams": LEAST_STREAMS, "lifetime_mean_s": LEAST_SECONDS,
+            "lifetime_p50_s": LEAST_SECONDS, "lifetime_p90_s": LEAST_SECONDS, "topics_per_stream": 0.0,
+            "resumed_share": ONE, "events_per_second": ONE, "bytes_mean": LEAST_BYTES, "bytes_p90": LEAST_BYTES,
+            "fan_out_mean": 0.0, "fan_out_p50": LEAST_STREAMS, "fan_out_p90": LEAST_STREAMS,
+            "deliveries_per_second": 0.0, "burst": ONE}
+SLACKS = f"""each figure is alike within --tolerance of the larger one, or within a slack:
+  streams_per_second, events_per_second   one stream or event more or less in the longer shape
+  resumed_share                           one stream more or less, {MOST_SHARE:g} at most
+  burst                                   one event more or less in the busiest second
+  peak_streams, fan_out_p50, fan_out_p90  {LEAST_STREAMS:g} stream
+  lifetime_...                            {LEAST_SECONDS:g} s
+  bytes_...                               {LEAST_BYTES:g} byte
+  the others                              none"""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One figure of two shapes. alike: within the tolerance."""
+    """One figure of two shapes. by: why it is alike, `tolerance` or `slack`; "": it is not."""
 
     name: str
     first: float
     second: float
-    alike: bool
+    by: str
+
+    @property
+    def alike(self) -> bool:
+        return bool(self.by)
 
 
 def figures(shape: Shape) -> dict[str, float]:
@@ -60,8 +77,29 @@ def peak(shape: Shape) -> int:
 def differences(first: Shape, second: Shape, tolerance: float) -> list[Difference]:
     """All figures that are compared. tolerance: how far apart they may be, as a part of the larger."""
     ours, theirs = figures(first), figures(second)
-    return [Difference(name, ours[name], theirs[name], abs(ours[name] - theirs[name]) <= max(
-        least, tolerance * max(abs(ours[name]), abs(theirs[name])))) for name, least in COMPARED.items()]
+    return [Difference(name, ours[name], theirs[name], _by(name, ours, theirs, tolerance)) for name in COMPARED]
+
+
+def _by(name: str, ours: dict[str, float], theirs: dict[str, float], tolerance: float) -> str:
+    one, other = ours[name], theirs[name]
+    apart = round(abs(one - other), 9)  # of figures with three places
+    if apart <= tolerance * max(abs(one), abs(other)):
+        return "tolerance"
+    return "slack" if apart <= _slack(name, ours, theirs) else ""
+
+
+def _slack(name: str, ours: dict[str, float], theirs: dict[str, float]) -> float:
+    slack = COMPARED[name]
+    if isinstance(slack, float):
+        return slack
+    if name == "resumed_share":
+        return min(MOST_SHARE, _per(ours["streams"], theirs["streams"]))
+    return _per(*((each["events_per_second"] if name == "burst" else each["seconds"]) for each in (ours, theirs)))
+
+
+def _per(*counts: float) -> float:
+    """One of the larger count, as a part of it, and half of the last place that figures have."""
+    return 1 / max(counts) + 0.0005 if any(counts) else 0.0
 
 
 def _mean(values: Sequence[float]) -> float:
