@@ -17,6 +17,7 @@ from typing import Any
 
 import gevent
 import pytest
+from gevent.lock import Semaphore
 from gevent.server import StreamServer
 from gevent.socket import socket as Socket
 
@@ -534,6 +535,19 @@ class Reordering(Faulty):
             super()._publish(kept)
 
 
+class Stalling(Faulty):
+    """Takes no event for a second from the first on, and then one after the other."""
+
+    _lock = Semaphore()
+
+    def _publish(self, event: dict[str, Any]) -> None:
+        with self._lock:
+            if not self._history:
+                gevent.sleep(STALL)
+            super()._publish(event)
+
+
+STALL = 1.0
 FAULTS = {"none": Faulty, "lost": Losing, "doubled": Faulty, "reordered": Reordering, "stray": Faulty, "stale": Faulty}
 
 
@@ -568,6 +582,25 @@ def test_replay_detects_a_server_that_breaks_a_promise(fault: str, verdicts: dic
 
     assert wrong == {fault}
     assert verdicts[fault]["code"] == 1
+
+
+def test_latency_counts_from_when_an_event_was_due_though_the_server_holds_up_the_sender(tmp_path: Path) -> None:
+    """Most of the events are sent after the stall only, for 128 are under way at most."""
+    due = [0.8 + number / 1000 for number in range(300)]
+    write_shape(tmp_path / "shape", Shape(2.0, QUIET.streams, tuple(Event(at, (1,), 40) for at in due), "test"))
+    server = Stalling("none")
+    try:
+        done = load("replay", tmp_path / "shape", "--url", server.url, "--readers", 1, "--json")
+    finally:
+        server.stop()
+
+    found = json.loads(done.stdout)
+    assert found["totals"]["received"] == 300, done.stderr
+    for kind in ("latency", "acknowledged"):
+        assert found[kind]["max_ms"] >= STALL * 1000
+        assert found[kind]["p99_ms"] >= (STALL - 0.003) * 1000, "the fourth is due 3 ms after the first"
+        assert found[kind]["p50_ms"] >= (STALL - 0.15) * 1000
+    assert found["late_ms"]["sender"] >= (STALL - 0.3) * 1000
 
 
 def test_name_and_count_are_apart_however_long_the_name_is() -> None:
@@ -631,15 +664,26 @@ OUTSIDE = re.compile(r"<(script|link|img|iframe|object|embed|base)\b|(src|href|s
 
 def test_report_is_one_page_that_needs_nothing_else(replayed: tuple[Path, dict[str, Any], Shape]) -> None:
     folder, found, _ = replayed
-    other = found | {"label": "<b>another</b>", "about": {}}
+    other = found | {"label": "<b>another</b>", "about": {}, "errors": {"publish: status 503": 39, "ended": 2}}
 
     text = page([found, other])
 
     assert not OUTSIDE.search(text.replace(str(found["about"]["url"]), ""))
-    assert text.count("<svg") == 8
     assert "&lt;b&gt;another" in text
     assert "<b>" not in text
-    assert (folder / "report.html").read_text().count("<svg") == 8
+    assert "<td>error: publish: status 503</td><td>0</td><td>39</td>" in text
+    assert "<td>error: ended</td><td>0</td><td>2</td>" in text
+    for written, lines in ((text, 2), ((folder / "report.html").read_text(), 1)):
+        for title in ("Open streams", "p50 latency, ms", "p99 latency, ms", "Publishes per second",
+                      "Deliveries per second", "Server CPU, cores", "Server memory, bytes"):
+            assert [points > 2 for points in drawn(written, title)] == [True] * lines, title
+
+
+def drawn(text: str, title: str) -> list[int]:
+    """How many points each line of a chart has."""
+    found = re.search(rf"<figcaption>{re.escape(title)}</figcaption>(.*?)</figure>", text)
+    assert found, title
+    return [len(re.findall("[ML]", line)) for line in re.findall(r'<path class="line c\d" d="([^"]*)"/>', found[1])]
 
 
 def test_report_tells_workers_version_and_settings_of_the_server_that_was_started(tmp_path: Path) -> None:
@@ -931,6 +975,18 @@ def test_ramp_stops_at_the_objective_and_names_the_limit(tmp_path: Path) -> None
     assert "max_streams" in found["limits"][0]
 
 
+def test_ramp_raises_the_rate_and_keeps_the_streams(tmp_path: Path) -> None:
+    with Server(tmp_path / "server", workers=1) as server:
+        done = load("ramp", "--url", server.url, "--raise", "rate", "--streams", 20, "--step", 20, "--most", 40,
+                    "--hold", 0.5, "--p99", 10_000, "--json")
+
+    found = json.loads(done.stdout)
+    assert done.returncode == 0, done.stderr
+    assert [(level["rate"], level["open"], level["lost"]) for level in found["levels"]] == [(20, 20, 0), (40, 20, 0)]
+    assert all(level["p99_ms"] > 0 for level in found["levels"])
+    assert (found["held"], found["verdict_text"]) == (40, "holds at 40 rate")
+
+
 LEVEL = {"publish": "", "failed": 0, "ended": 0, "lost": 0, "p99_ms": 5.0, "busiest": 0.1, "client_busiest": 0.1,
          "server_cores": 0.1, "machine": 0.5}
 CLIMB = Climb("streams", 1, 1, 1, 1.0, p99_ms=10.0)
@@ -1142,5 +1198,31 @@ def test_dark_test_of_real_pages_opens_streams_on_the_canary_and_ends_them_when_
             test.kill()
             test.wait()
         eventually(lambda: streams(canary) == 0, timeout=20, message="the page has ended its streams")
+    finally:
+        browser.quit()
+
+
+def test_canary_that_did_not_opt_in_has_no_streams_of_pages(
+    start_browser: Any, pair: tuple[Server, Server]  # noqa: F811
+) -> None:
+    canary, service = pair  # the other way round: this canary names no origin
+    script = """
+        window.made = [];
+        const Real = EventSource;
+        window.EventSource = class extends Real {
+            constructor(url) { super(url); made.push(this); }
+        };
+    """ + (ROOT / "ops" / "load" / "dark.js").read_text() + "pushsvcDark(...arguments);"
+    test = DarkTest("pushsvc-dark", f"{canary.url}/events?topic=dark", 2, [100.0], 1.0, 1.0)
+    site = Site("127.0.0.1", service.port)
+    browser = start_browser()
+    try:
+        browser.get(f"{service.url}/healthz")
+        browser.execute_script(script, service.url, {"canary": canary.url})
+        eventually(lambda: streams(service) == 1, timeout=20, message="the page waits for orders")
+        Dark(test, site, site, Progress()).order(100.0)
+        eventually(lambda: browser.execute_script("return made.map(each => each.readyState)") == [1, 2, 2], timeout=20,
+                   message="the browser has closed both streams, for good")
+        eventually(lambda: streams(canary) == 0, message="the canary has none")
     finally:
         browser.quit()
