@@ -24,6 +24,7 @@ from gevent.socket import socket as Socket
 from pushsvc import __version__
 from tests.support.client import Stream as Client
 from tests.support.client import request
+from tests.support.programs import missing, program
 from tests.support.server import ROOT, Server
 from tests.support.wait import eventually
 from tests.test_console import start_browser  # noqa: F401
@@ -31,6 +32,7 @@ from tests.test_console import start_browser  # noqa: F401
 sys.path += [str(ROOT / "ops"), str(ROOT / "ops" / "bench")]
 
 import probe
+from build import NCHAN_MODULE
 from load.cli import main as command_line
 from load.cli import replay_text, told_value
 from load.dark import Dark, OrderError, Site
@@ -43,6 +45,7 @@ from load.recording import read_recording
 from load.report import page
 from load.shape import Event, Shape, ShapeError, Stream, expanded, read_shape, write_shape
 from load.table import read_table
+from load.targets import FORMS
 from load.verify import Book, Tally, Track, behind
 from load.wire import data_of, read
 from swarm import Target, authority
@@ -611,6 +614,59 @@ def test_name_and_count_are_apart_however_long_the_name_is() -> None:
     assert replay_text(found).splitlines()[1:] == [
         "server CPU, s           1.5", "client CPU, s           2.5", "error publish: status 400 39",
         "error publish: ConnectionRefusedError 7"]
+
+
+MODULE = Path("/") / NCHAN_MODULE
+
+
+def test_replay_against_nchan_is_complete_and_in_order(tmp_path: Path) -> None:
+    program("nginx")
+    if not MODULE.exists():
+        missing(f"nchan is not installed (libnginx-mod-nchan): there is no {MODULE}")
+    people = (Stream(0.0, None, 1, (1,)), Stream(0.1, 1.6, 2, (1, 2)), Stream(0.2, None, 3, (2,)))
+    said = tuple(Event(0.8 + number * 0.03, (1 + number % 2,), 50, number % 3) for number in range(40))
+    write_shape(tmp_path / "shape", Shape(2.0, people, said, "test"))
+
+    done = load("replay", tmp_path / "shape", "--start", "nchan", "--workers", 2, "--readers", 1, "--json")
+
+    found = json.loads(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (found["totals"]["published"], found["about"]["workers"]) == (40, 2)
+    assert found["totals"]["received"] > 40
+    assert found["about"]["version"].startswith("nchan ")
+
+
+FORM = "POST /.well-known/mercure HTTP/1.1", "application/x-www-form-urlencoded"
+TEXT = "POST /publish?topic=a%20b,c%26d HTTP/1.1", "text/plain"
+SPOKEN: dict[str, tuple[str, tuple[str, str], bytes, bytes]] = {
+    "mercure": ("/.well-known/mercure?topic=a+b&topic=c%26d", FORM, b"Authorization: Bearer abc",
+                b"topic=a+b&topic=c%26d&data=x%3D1+%26y&type=kind-4"),
+    "nchan": ("/events?topic=a%20b,c%26d", TEXT, b"X-EventSource-Event: kind-4", b"x=1 &y")}
+
+
+@pytest.mark.parametrize("name", SPOKEN)
+def test_other_servers_are_spoken_to_as_they_want_it(name: str) -> None:
+    path, (line, kind), header, body = SPOKEN[name]
+    form, topics = FORMS[name]("abc"), ["a b", "c&d"]
+
+    head, _, rest = form.publish(topics, "x=1 &y", Event(0.0, (1, 2), 6, 4)).partition(b"\r\n\r\n")
+    first, *headers = head.split(b"\r\n")
+    assert first.decode() == line
+    assert {f"Content-Type: {kind}".encode(), f"Content-Length: {len(body)}".encode(), header} <= {*headers}
+    assert rest == body
+    first, *headers = form.subscribe("host:1", topics, b"urn:7").split(b"\r\n")
+    assert first.decode() == f"GET {path} HTTP/1.1"
+    assert {b"Accept: text/event-stream", b"Authorization: Bearer abc", b"Last-Event-ID: urn:7"} <= {*headers}
+    assert b"Last-Event-ID" not in form.subscribe("host:1", topics, b"")
+
+
+def test_stream_of_mercure_is_read() -> None:
+    """As a hub writes it: a comment first, an id that is no number, the type before the data."""
+    frames = b":\n", b"event: kind-4\nid: urn:uuid:5f2b\ndata: @5 0 xx\n\n", b":\n"
+
+    found = read(chunked(*frames), True)
+
+    assert (found.marks, found.last_id, found.gaps) == (((5, 0),), b"urn:uuid:5f2b", 0)
 
 
 @pytest.fixture(scope="module")
