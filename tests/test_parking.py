@@ -209,7 +209,7 @@ def test_a_reader_that_is_stopped_and_goes_on_in_time_misses_nothing(server, tmp
             reader.kill()
 
 
-def test_reader_that_is_frozen_costs_the_kernel_no_more_than_its_mailbox(tmp_path):
+def test_reader_that_is_frozen_costs_the_kernel_no_more_than_two_mailboxes(tmp_path):
     """It has a default buffer of its own, which is full first: what the service's side takes is the rest."""
     most = 100_000
     with Server(tmp_path, workers=1, env={**QUIET, "PUSHSVC_MAILBOX_BYTES": str(most)}) as server, \
@@ -220,7 +220,7 @@ def test_reader_that_is_frozen_costs_the_kernel_no_more_than_its_mailbox(tmp_pat
         while not behind(server):
             publish(server.url, topic="frozen", data="x" * 10_000)
             sent += 10_000
-            assert sent < own + 2 * most, "the kernel takes more for a reader that has stopped"
+            assert sent < own + 3 * most, "the kernel takes more for a reader that has stopped"
 
 
 def test_a_thousand_frozen_readers_are_closed_as_slow_and_others_still_receive(tmp_path):
