@@ -192,7 +192,7 @@ class Hub:
 
     def _begin(self, subscription: Subscription) -> None:
         subscription.since = subscription.sent = self.now
-        self._wheel.add(subscription, self._due(subscription))
+        self._wheel.add(subscription, self._due(subscription, self.settings.heartbeat_seconds))
 
     # -- from the broker
 
@@ -381,23 +381,26 @@ class Hub:
         elif self._rotates(subscription) <= self.now:
             self.close(subscription, ROTATE, self.comeback_ms())
         else:
-            if self.now - subscription.sent >= self._silence(subscription) - TICK_SECONDS:
+            silence = self._silence(subscription)
+            if self.now - subscription.sent >= silence - TICK_SECONDS:
+                silence = self.settings.heartbeat_seconds  # from one to the next
                 subscription.sent = self.now
                 if subscription.fd >= 0 and self.lot is not None:
                     self.lot.beat(subscription)
                 elif subscription.mailbox is not None:
                     subscription.mailbox.nudge()
-            self._wheel.add(subscription, self._due(subscription))
+            self._wheel.add(subscription, self._due(subscription, silence))
 
-    def _due(self, subscription: Subscription) -> float:
-        due = subscription.sent + self._silence(subscription)
+    def _due(self, subscription: Subscription, silence: float) -> float:
+        """When a stream is to be looked at that may be silent for so long after what was sent last."""
+        due = subscription.sent + silence
         if subscription.expires:
             due = min(due, self.now + max(0.0, subscription.expires - self.wall()))
         return min(due, self._rotates(subscription))
 
     def _silence(self, subscription: Subscription) -> float:
-        """How long nothing may be sent to a stream: up to a quarter less than the interval, for an event that went to
-        all would else bring all heartbeats after it in one moment."""
+        """How long nothing may be sent to a stream after an event: up to a quarter less than the interval, for one that
+        went to all would else bring all heartbeats after it in one moment, and from then on."""
         return self.settings.heartbeat_seconds * (1 - _part(subscription) / 4)
 
     def _rotates(self, subscription: Subscription) -> float:

@@ -228,8 +228,8 @@ class PushWorker(GeventWorker):  # type: ignore[misc]
         if sock.family != socket.AF_UNIX:  # accepted connections inherit it
             milliseconds = int(self.service.settings.dead_seconds * 1000)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
-            # What waits for a stream is bounded in the kernel too: its buffers would grow to 4 MiB each. With no more than a
-            # mailbox, streams whose clients share a busy core fall behind in a flood, and some are closed.
+            # What waits for a stream is bounded in the kernel too: its buffers would grow to 4 MiB each. With no more
+            # than a mailbox, streams whose clients share a busy core fall behind in a flood, and some are closed.
             unsent = min(2 * self.service.settings.mailbox_bytes, MOST_UNSENT)
             sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, unsent)
             # Accept a connection when its request has come: no greenlet waits for those that stay silent.
