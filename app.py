@@ -50,7 +50,7 @@ def create_app(settings: Settings | None = None) -> Flask:
 
     It belongs to the process and the gevent hub that it is made in: make it after a fork, not before.
     """
-    settings = _bounded(settings or Settings.from_environ(os.environ))
+    settings = _bounded(settings or Settings.from_environ(os.environ), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     access = Access(settings)
     broker = open_broker(settings)
     hub = Hub(settings, Metrics(), is_short=memory_check(settings.max_memory_bytes))
@@ -79,8 +79,10 @@ def _record(app: Flask, hub: Hub, recorder: Recorder) -> None:
         return response
 
 
-def _bounded(settings: Settings) -> Settings:
-    """`max_streams` 0 becomes what this process has descriptors for."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = max(1, soft - settings.max_connections - DESCRIPTORS_KEPT)
+def _bounded(settings: Settings, descriptors: int) -> Settings:
+    """`max_streams` 0 becomes what this process has descriptors for; so does one that is more."""
+    most = max(1, descriptors - settings.max_connections - DESCRIPTORS_KEPT)
+    if most < (settings.max_streams or settings.max_connections):
+        logger.warning("room for %d streams only: a process may have %d descriptors here, PUSHSVC_MAX_CONNECTIONS keeps "
+                       "%d", most, descriptors, settings.max_connections)
     return replace(settings, max_streams=min(settings.max_streams or most, most))

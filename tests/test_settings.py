@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import subprocess
 import sys
 from dataclasses import fields
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from app import create_app
 from pushsvc.errors import SettingsError
 from pushsvc.settings import Settings, table, variable, workers_asked
 from tests.support.server import ROOT, free_port
@@ -205,3 +207,21 @@ def test_variables_that_the_service_names_exist() -> None:
     texts = {path: path.read_text(errors="replace") for path in places if path.suffix != ".pyc"}
     unknown = {(str(path), name) for path, text in texts.items() for name in NAMED.findall(text) if name not in known}
     assert not unknown
+
+
+@pytest.mark.parametrize(("descriptors", "asked", "streams", "warned"), [
+    (3000, 0, 1936, False), (3000, 1900, 1900, False), (3000, 2000, 1936, True), (1024, 0, 1, True),
+    (1500, 0, 436, True)])
+def test_a_worker_that_has_few_descriptors_says_how_few_streams_it_takes(
+        caplog: pytest.LogCaptureFixture, descriptors: int, asked: int, streams: int, warned: bool) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, hard))
+    try:
+        service = create_app(Settings(broker_url="memory:", max_streams=asked)).extensions["pushsvc"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    service.close()
+    assert service.settings.max_streams == streams
+    said = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert said == ([f"room for {streams} streams only: a process may have {descriptors} descriptors here, "
+                     "PUSHSVC_MAX_CONNECTIONS keeps 1000"] if warned else [])
