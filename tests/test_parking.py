@@ -16,6 +16,7 @@ import pytest
 
 from tests.support.brokers import BROKERS
 from tests.support.client import Connection, Stream, publish, publish_lines, request
+from tests.support.programs import missing
 from tests.support.server import Server, free_port
 from tests.support.wait import eventually
 
@@ -134,7 +135,7 @@ def test_a_client_that_sends_garbage_after_its_request_is_served_on_and_noticed_
 
 def test_a_peer_whose_link_goes_down_is_given_up_within_seconds(tmp_path):
     if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("a network namespace needs root and the ip command")
+        missing("a network namespace needs root and the ip command")
     with _namespace() as (name, cut), _bound_to(tmp_path, HOST) as server:
         code = ("import socket,sys,time;s=socket.create_connection((sys.argv[1],int(sys.argv[2])));"
                 "s.sendall(b'GET /events?topic=far HTTP/1.1\\r\\nHost: h\\r\\n\\r\\n');s.recv(100);"
