@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import os
 from collections import Counter as Tally
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import InfoMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.registry import Collector
+
+from pushsvc import __version__
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _LATENCY_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -84,17 +89,28 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """All metrics of all workers as Prometheus text."""
-        if MULTIPROC not in os.environ:
-            return generate_latest(self.registry)
-        registry = CollectorRegistry()
-        _Workers(registry)  # type: ignore[no-untyped-call]
-        return generate_latest(registry)
+        registry = self.registry
+        if MULTIPROC in os.environ:
+            registry = CollectorRegistry()
+            _Workers(registry)  # type: ignore[no-untyped-call]
+        return generate_latest(registry) + generate_latest(_BUILD)
 
     def _counter(self, name: str, text: str, labels: list[str] | None = None) -> Counter:
         return Counter(f"pushsvc_{name}", text, labels or [], registry=self.registry)
 
     def _gauge(self, name: str, text: str, labels: list[str] | None = None) -> Gauge:
         return Gauge(f"pushsvc_{name}", text, labels or [], registry=self.registry, multiprocess_mode="liveall")
+
+
+class _Build(Collector):
+    """What answers: the same in all workers, so none of them has to write it into a file."""
+
+    def collect(self) -> Iterator[InfoMetricFamily]:
+        yield InfoMetricFamily("pushsvc_build", "The version of this service.", {"version": __version__})
+
+
+_BUILD = CollectorRegistry()
+_BUILD.register(_Build())
 
 
 class _Workers(MultiProcessCollector):

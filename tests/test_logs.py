@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pushsvc import __version__
 from pushsvc.log import Formatter, config
 from pushsvc.settings import Settings
 from tests.support.client import Stream, publish, publish_lines, request
@@ -296,3 +297,4 @@ def test_metrics_are_told_also_while_a_worker_makes_its_file(tmp_path: Path) -> 
         answer = request("GET", f"{server.url}/metrics")
         assert answer.status == 200
         assert "\npushsvc_published_total 0.0\n" in answer.text
+        assert answer.text.count(f'\npushsvc_build_info{{version="{__version__}"}} 1.0\n') == 1
