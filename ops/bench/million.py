@@ -6,7 +6,8 @@ As many workers as descriptors demand, some more because connections do not spre
 `user-1`, ..., ten streams to each. Measured are one event to `all` (three times: the median), 1,000 events to one
 user's topic each, and the memory of everybody. Kernel settings are raised as root, and put back at the end.
 
-Exit codes: 0 all streams were open and had every event; 1 not; 2 this machine cannot (memory, descriptors, root).
+Exit codes: 0 none failed, all were open and had every event, and (from a million streams on) all workers together
+took 1.5 KB per stream at most; 1 not; 2 this machine cannot (memory, descriptors, root).
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def run(options: argparse.Namespace, changes: dict[str, dict[str, str]]) -> dict
             found |= _open(service, fleet, streams, topics)
             found["idle_cpu"] = _idle_cpu(pids)
             found["broadcast"] = _broadcast(service, fleet)
-            found["singles"] = _singles(service, fleet, topics)
+            found["singles"] = _singles(service, fleet, streams, topics)
             say_progress("memory is added up")
             found["memory"] = _memory(pids, fleet, kernel_before, available)
             found["open"] = fleet.stats().open
@@ -115,7 +116,7 @@ def _open(service: Pushsvc, fleet: Fleet, streams: int, topics: int) -> dict[str
         seen = fleet.stats()
     took = time.monotonic() - begun
     say_progress(f"{seen.open:,} streams are open after {took:.0f} s")
-    return {"open_seconds": round(took, 1), "opened_again": seen.ended + seen.failed,
+    return {"open_seconds": round(took, 1), "failed": seen.failed, "refused": seen.ended,
             "connect_us": round((probe.cpu_seconds(service.pids()) - cpu) / streams * 1e6, 1)}
 
 
@@ -145,21 +146,24 @@ def _broadcast(service: Pushsvc, fleet: Fleet) -> dict[str, Any]:
     return middle | {"all_seconds": seconds}
 
 
-def _singles(service: Pushsvc, fleet: Fleet, topics: int) -> dict[str, Any]:
+def _singles(service: Pushsvc, fleet: Fleet, streams: int, topics: int) -> dict[str, Any]:
     fleet.reset()
     count = min(SINGLES, topics)
+    chosen = [number * topics // count for number in range(count)]
+    wanted = sum(len(range(topic, streams, topics)) for topic in chosen)
     publishers = [service.publisher() for _ in range(CONNECTIONS)]
     begun = time.monotonic_ns()
 
     def request(number: int, at: float) -> bytes:
-        return service.request(f"user-{number * topics // count % topics}", [mark(1, 1, at)])
+        return service.request(f"user-{chosen[number % count]}", [mark(1, 1, at)])
 
     late = pace(publishers, SINGLES_PER_SECOND, count / SINGLES_PER_SECOND, [request])
-    seen = _wait_for(fleet, count * STREAMS_PER_TOPIC)
+    seen = _wait_for(fleet, wanted)
     _close(publishers)
     say_progress(f"{count:,} events to one topic each: {seen.events:,} deliveries")
-    found = {"events": count, "deliveries": seen.events, "disorder": seen.disorder, "per_second": SINGLES_PER_SECOND,
-             "seconds": round((seen.last_at - begun) / 1e9, 3), "publisher_late_ms": round(late * 1000, 1)}
+    found = {"events": count, "wanted": wanted, "deliveries": seen.events, "disorder": seen.disorder,
+             "per_second": SINGLES_PER_SECOND, "seconds": round((seen.last_at - begun) / 1e9, 3),
+             "publisher_late_ms": round(late * 1000, 1)}
     return found | seen.latencies()
 
 
@@ -182,21 +186,14 @@ def _memory(pids: Sequence[int], fleet: Fleet, before: dict[str, int], available
             "all_that_the_machine_has_less": available - probe.available_bytes()}
 
 
-def is_whole(found: dict[str, Any]) -> bool:
-    """Whether every stream was open and had every event, once."""
-    streams, broadcast, singles = found["streams"], found["broadcast"], found["singles"]
-    wanted = singles["events"] * min(STREAMS_PER_TOPIC, streams)
-    return (found["open"] == streams and broadcast["events"] == streams and singles["deliveries"] == wanted
-            and not broadcast["disorder"] and not singles["disorder"])
-
-
 def text(found: dict[str, Any]) -> str:
     facts = [["streams", f"{found['open']:,} of {found['streams']:,} open"],
              ["opened in", f"{found['open_seconds']:,.0f} s, {found['connect_us']:,.0f} us of the workers' CPU each, "
-              f"{found['opened_again']:,} opened again"],
+              f"{found['refused']:,} told to come back, {found['failed']:,} failed"],
              ["workers", f"{found['workers']}, {found['idle_cpu']:.2f} cores when idle"],
              ["kernel", "; ".join(report.million_kernel(found))]]
-    tables = [report.plain(report.million_latencies(found)), report.plain(report.million_memory(found))]
+    tables = [report.plain(rows(found)) for rows in (report.million_target_rows, report.million_latencies,
+                                                     report.million_memory)]
     return "\n\n".join(["\n".join(f"{name:11}{value}" for name, value in facts), *tables])
 
 
@@ -225,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(json.dumps(found, indent=1) if options.json else text(found))
     if options.docs:
         report.keep(options.docs, report.MILLION, found)
-    return 0 if is_whole(found) else 1
+    return 0 if all(each["met"] for each in report.million_targets(found)) else 1
 
 
 if __name__ == "__main__":
