@@ -248,7 +248,7 @@ def test_a_shorter_age_of_history_holds_at_once(server: Redis, opened: Open) -> 
 
 
 def test_a_longer_age_of_history_leaves_a_full_server_readable(server: Redis, opened: Open, client: Any) -> None:
-    side = opened(server, history_seconds=1)
+    side = opened(server, history_seconds=10)
     put(side, "old")
     gevent.sleep(0.2)
     put(side, "newer")
@@ -455,10 +455,10 @@ def test_new_topics_leave_as_fast_as_they_come(server: Redis, opened: Open, clie
 
 
 def test_one_script_takes_away_so_much_and_the_next_ones_the_rest(server: Redis, opened: Open, client: Any) -> None:
-    side = opened(server, history_seconds=1)
+    side = opened(server, history_seconds=3)
     for _ in range(3):
         side.broker.append([Draft((topic,), "x") for topic in "abcd" for _ in range(2000)])
-    gevent.sleep(1.1)
+    gevent.sleep(3.1)
     assert not side.history("a", "b", "c", "d"), "what is too old is in no page"
     left = sum(client.xlen(f"pushsvc:t:{topic}") for topic in "abcd")
     assert 3000 <= left <= 5000, "20,000 of 24,000 have left"
