@@ -154,8 +154,26 @@ class SecureClient(ssl.SSLSocket):  # type: ignore[misc]
             raise ssl.SSLError(ssl.SSL_ERROR_EOF, f"the TLS handshake took more than {self._seconds:g} s") from None
 
 
+class Room:
+    """The connections that a worker serves now, of all its listeners: at most `most`."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.taken = 0
+        self.listeners: list[Listener] = []
+
+    def is_full(self) -> bool:
+        return self.taken >= self.most
+
+    def leave(self) -> None:
+        self.taken -= 1
+        if self.taken == self.most - 1:
+            for listener in self.listeners:
+                listener.start_accepting_again()
+
+
 class Listener(StreamServer):  # type: ignore[misc]
-    """A listening socket with at most `most` connections that are served now; more wait in the kernel's queue.
+    """A listening socket, which accepts as long as there is `room`; more connections wait in the kernel's queue.
 
     `serve(raw, address)` runs in a raw greenlet, which then takes the next connection that is there: to make a greenlet
     for each (it maps memory for its frames) costs a sixth of a connect. While one has to wait, another goes on. Each
@@ -165,16 +183,19 @@ class Listener(StreamServer):  # type: ignore[misc]
 
     max_accept = ACCEPTS
 
-    def __init__(self, sock: Any, serve: Callable[[Raw, Any], None], most: int) -> None:
+    def __init__(self, sock: Any, serve: Callable[[Raw, Any], None], room: Room) -> None:
         super().__init__(sock, handle=serve)
         self.serve = serve
-        self.most = most
-        self.serving = 0
+        self._room = room
+        room.listeners.append(self)
         self._waiting: deque[tuple[Raw, Any]] = deque()
         self._starting = self._resting = False
 
     def full(self) -> bool:
-        return self.serving >= self.most
+        return self._room.is_full()
+
+    def start_accepting_again(self) -> None:
+        self._start_accepting_if_started()
 
     def do_read(self) -> Any:
         try:
@@ -192,7 +213,7 @@ class Listener(StreamServer):  # type: ignore[misc]
             return None
 
     def do_handle(self, fd: int, address: Any) -> None:
-        self.serving += 1
+        self._room.taken += 1
         self._waiting.append((Raw(fd), address))
         self._start_serving()
 
@@ -230,9 +251,7 @@ class Listener(StreamServer):  # type: ignore[misc]
             self.serve(raw, address)
         finally:
             raw.close()
-            self.serving -= 1
-            if self.serving == self.most - 1:
-                self._start_accepting_if_started()
+            self._room.leave()
 
     def quiesce(self) -> None:
         """Let no new connection begin; those that are being made still come. Who tries anew is not answered, and tries
@@ -244,7 +263,7 @@ class Listener(StreamServer):  # type: ignore[misc]
 
     def accept_waiting(self) -> None:
         """Take what waits in the queue: whoever closes the socket resets them."""
-        for _ in range(self.most):
+        for _ in range(self._room.most):
             waiting = None if self.full() else self.do_read()
             if not waiting:
                 return

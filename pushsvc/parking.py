@@ -14,7 +14,7 @@ import struct
 import time
 from _socket import AF_INET, MSG_DONTWAIT, SHUT_WR, SO_LINGER, SOCK_STREAM, SOL_SOCKET
 from _socket import socket as RawSocket  # plain descriptors: gevent's sockets would bring a watcher each
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from email.utils import formatdate
 from functools import partial
@@ -48,7 +48,6 @@ class ParkingLot:
         self._settings = hub.settings
         self._streams: dict[int, Subscription] = {}
         self._behind: dict[Subscription, gevent.Greenlet] = {}
-        self._lent = 0  # streams that hold one of the worker's connections: they open, or cannot be parked
         self._most_lent = max(1, int(LENT_SHARE * self._settings.max_connections))
         self._epoll = EPOLL()
         self._loop = gevent.get_hub().loop
@@ -65,8 +64,9 @@ class ParkingLot:
 
     @property
     def is_full(self) -> bool:
-        """Whether streams hold as many of the worker's connections as they may."""
-        return self._lent >= self._most_lent
+        """Whether streams hold as many of the worker's connections as they may: those that open, and those that cannot
+        be parked."""
+        return len(self._hub) - len(self._streams) >= self._most_lent
 
     def close(self) -> None:
         """Give everything back; the streams should have ended before."""
@@ -81,7 +81,6 @@ class ParkingLot:
         head is not sent yet; `connection`: gevent's socket, which loses its descriptor if the stream parks. Switches.
         """
         hub, subscription = self._hub, stream.subscription
-        self._lent += 1
         hub.attach(subscription)
         try:
             if self._open(stream, response, connection):
@@ -89,19 +88,9 @@ class ParkingLot:
             else:
                 connection.sendall(_head(response) + _farewell(subscription))
         finally:
-            self._lent -= 1
             if subscription.fd < 0:
                 hub.close(subscription, GONE)
                 hub.detach(subscription)
-
-    def lend(self, stream: Stream) -> Iterator[bytes]:
-        """The body of a stream that cannot be parked: it holds its connection to its end. Switches."""
-        self._lent += 1
-        try:
-            yield from stream
-        finally:
-            self._lent -= 1
-            stream.close()
 
     def _open(self, stream: Stream, response: Any, connection: Any) -> bool:
         """Write the head, the replay and what came meanwhile; whether the stream can be parked: between its last look

@@ -25,7 +25,7 @@ from gunicorn.workers.ggevent import GeventWorker
 
 from pushsvc.errors import UNREAD
 from pushsvc.express import Express, is_possible
-from pushsvc.listener import Client, Endpoint, Listener, Raw, SecureClient
+from pushsvc.listener import Client, Endpoint, Listener, Raw, Room, SecureClient
 
 TICK_SECONDS = 0.05
 NOTIFY_SECONDS = 1.0
@@ -129,7 +129,7 @@ class PushWorker(GeventWorker):  # type: ignore[misc]
                 response.force_close()
             return body
         if not (response.chunked and isinstance(connection, Client)):
-            return self.lot.lend(body)
+            return body
         if len(self._paths) < MOST_PATHS:
             self._paths.add(environ["RAW_URI"].partition("?")[0].encode("latin-1"))
         begun = datetime.now()
@@ -167,7 +167,7 @@ class PushWorker(GeventWorker):  # type: ignore[misc]
     def _serve_on(self, endpoint: Endpoint, client: Any, address: Any) -> None:
         """Requests on a connection, gunicorn's way, to its end."""
         gevent.getcurrent().client = client
-        if self._idle and any(server.full() for server in self._servers):
+        if self._idle and self._room.is_full():
             next((True for idle in list(self._idle) if idle.end()), None)  # the longest idle makes room
         if self.cfg.is_ssl:
             client = self._ssl.wrap_socket(client, server_side=True, do_handshake_on_connect=False)
@@ -190,8 +190,6 @@ class PushWorker(GeventWorker):  # type: ignore[misc]
                 body.subscription.abort = raw.abort
                 self.lot.run(body, response, raw)
                 return
-            if type(body) is self._stream:
-                body = self.lot.lend(body)
             client = response.sock = Client(endpoint, raw)
             for part in body:
                 response.write(part)
@@ -216,6 +214,7 @@ class PushWorker(GeventWorker):  # type: ignore[misc]
             self._serve_on(endpoint, client, address)
 
     def run(self) -> None:
+        self._room = Room(self.service.settings.max_connections)
         self._servers = [self._listen(each) for each in self.sockets]
         for _ in self._ticks():
             if not self.alive:
@@ -239,7 +238,7 @@ class PushWorker(GeventWorker):  # type: ignore[misc]
         if self.cfg.is_ssl:
             self._ssl = ssl_context(self.cfg)
             self._ssl.sslsocket_class = partial(SecureClient, self.cfg.keepalive)
-        server = Listener(sock, partial(self._serve, Endpoint.of(sock), express), self.service.settings.max_connections)
+        server = Listener(sock, partial(self._serve, Endpoint.of(sock), express), self._room)
         server.start()
         return server
 
@@ -268,7 +267,7 @@ class PushWorker(GeventWorker):  # type: ignore[misc]
         for now in self._ticks():
             if draining.dead:
                 self._end_idle(now - IDLE_SECONDS)
-                if not any(server.serving for server in self._servers):
+                if not self._room.taken:
                     return
             if now - begun > self.cfg.graceful_timeout:
                 self.log.warning("Requests broken off after the graceful timeout (pid:%s)", self.pid)

@@ -13,7 +13,7 @@ from gevent import socket as sockets
 from gevent.event import Event
 
 from pushsvc import listener as listeners
-from pushsvc.listener import Client, Endpoint, Listener, Raw
+from pushsvc.listener import Client, Endpoint, Listener, Raw, Room
 from tests.support.server import Server
 from tests.support.wait import eventually
 
@@ -39,12 +39,13 @@ def listening(request: pytest.FixtureRequest) -> Iterator[Listener]:
         client.sendall(client.recv(100).upper())
         client.close()
 
-    server = Listener(sock, serve, most=10)
+    room = Room(10)
+    server = Listener(sock, serve, room)
     server.address = endpoint.getsockname()[:2]
     server.start()
     yield server
     server.close()
-    eventually(lambda: not server.serving)
+    eventually(lambda: not room.taken)
 
 
 def connected(server: Listener, timeout: float = PATIENCE) -> socket.socket:
@@ -87,7 +88,7 @@ def test_quiesce_of_a_unix_socket_changes_nothing(tmp_path: Path) -> None:
     sock = sockets.socket(socket.AF_UNIX)
     sock.bind(path)
     sock.listen(4)
-    server = Listener(sock, lambda raw, address: raw.sendall(b"here"), most=10)
+    server = Listener(sock, lambda raw, address: raw.sendall(b"here"), Room(10))
     server.start()
     server.quiesce()
     client = sockets.socket(socket.AF_UNIX)
@@ -111,7 +112,8 @@ class Served:
         sock.listen(64)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 10)
         self.address = sock.getsockname()
-        self.listener = Listener(sock, self._note, most=64)
+        self.room = Room(64)
+        self.listener = Listener(sock, self._note, self.room)
 
     def _note(self, raw: Raw, address: object) -> None:
         name = raw.first_bytes()
@@ -129,7 +131,7 @@ class Served:
             found = [client.recv(10) for client in clients]
         for client in clients:
             client.close()
-        eventually(lambda: not self.listener.serving)
+        eventually(lambda: not self.room.taken)
         self.listener.close()
         return found
 

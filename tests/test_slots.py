@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import os
 import re
 import socket
 import ssl
@@ -15,7 +16,7 @@ from gevent import socket as sockets
 
 from tests.support.certificates import certificate
 from tests.support.client import Stream, publish, request
-from tests.support.server import Server
+from tests.support.server import ROOT, Server, free_port
 from tests.support.wait import eventually
 
 CONNECTIONS, LENT = 8, 6
@@ -64,6 +65,50 @@ def test_streams_that_cannot_be_parked_leave_connections_for_others(way: str, se
     with Stream(server.url, "free") as stream:
         stream.opened()
         assert publish(server.url, topic="free", data="x") == stream.next().last_event_id
+
+
+def test_streams_in_a_middleware_leave_connections_for_others(tmp_path: Path) -> None:
+    """What wraps the answer's body hides that it is a stream."""
+    (tmp_path / "wrapped.py").write_text("""
+from app import create_app
+from werkzeug.wsgi import ClosingIterator
+
+app = create_app()
+inner = app.wsgi_app
+app.wsgi_app = lambda environ, start_response: ClosingIterator(inner(environ, start_response))
+""")
+    env = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PUSHSVC_MAX_CONNECTIONS": str(CONNECTIONS)}
+    with (Server(tmp_path / "server", workers=1, application="wrapped:app", env=env) as server,
+          contextlib.ExitStack() as stack):
+        for _ in range(LENT):
+            stack.enter_context(Stream(server.url, "a")).opened()
+        with Stream(server.url, "a") as refused:
+            assert refused.rest(PATIENCE) == []
+            assert refused.reader.comments[-1].strip() == "full"
+        assert_serves(server)
+
+
+def test_all_addresses_share_the_connections_of_a_worker(tmp_path: Path) -> None:
+    """Each connection takes a descriptor, of which the streams leave so many for all addresses together."""
+    port, other = free_port(), free_port()
+    env = {"PUSHSVC_BIND": f"127.0.0.1:{port},127.0.0.1:{other}", "PUSHSVC_MAX_CONNECTIONS": str(CONNECTIONS),
+           "PUSHSVC_KEEPALIVE_SECONDS": "60"}
+    with Server(tmp_path, workers=1, port=port, env=env) as server, contextlib.ExitStack() as stack:
+        worker, = server.worker_pids()
+        before = sockets_of(worker)
+        for number in range(CONNECTIONS + 2):
+            connection = sockets.create_connection((server.host, (port, other)[number % 2]), PATIENCE)
+            stack.enter_context(connection).sendall(b"GET /heal")  # it is accepted when something has come
+        assert_serves(server)
+        assert sockets_of(worker) <= before + CONNECTIONS
+
+
+def sockets_of(pid: int) -> int:
+    found = 0
+    for each in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            found += os.readlink(each).startswith("socket:")
+    return found
 
 
 def open_streams(server: Server) -> float:
