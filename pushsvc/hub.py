@@ -127,6 +127,8 @@ class Hub:
         if self.recorder is not None:
             self.recorder.opened(subscription)
         self._begin(subscription)
+        if self.draining:  # it was admitted before
+            self.close(subscription, DRAIN, self.comeback_ms())
 
     def detach(self, subscription: Subscription) -> None:
         """It is offered nothing any more, and nothing here knows it. Idempotent. Atomic: no switch."""

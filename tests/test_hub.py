@@ -698,6 +698,17 @@ def test_a_drain_breaks_off_whoever_does_not_take_its_farewell(bench: Callable[.
     here = bench(drain_seconds=0.3)
     broken: list[str] = []
     for name in "abc":
+def test_a_stream_that_was_admitted_before_a_drain_and_attaches_after_it_is_told_too(bench: Callable[..., Bench]) -> None:
+    here = bench(comeback_ms=1000)
+    late = here.hub.subscribe(["a"], False)
+    here.hub.drain()
+    here.hub.attach(late)
+    assert (late.state, late.reason) == (State.CLOSED, DRAIN)
+    assert 1 <= late.retry_ms <= 1000
+    here.leave(late)
+    assert not len(here.hub)
+
+
         here.stream(name, abort=lambda name=name: broken.append(name))  # type: ignore[misc]
     gevent.spawn(here.hub.drain).get(timeout=15)
     assert sorted(broken) == ["a", "b", "c"]
