@@ -136,6 +136,7 @@ class Hub:
             return
         group = subscription.group
         self._subscriptions.discard(subscription)
+        subscription.mailbox = subscription.abort = None  # the wheel may keep it for a while
         group.members = left(group.members, subscription)
         self._naming -= len(group.topics)
         if self.recorder is not None:

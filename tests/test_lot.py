@@ -151,3 +151,19 @@ def test_stream_that_is_overrun_while_it_opens_reads_history_and_misses_nothing(
     finally:
         hub.stop()
         broker.close()
+
+
+# --- what stays of a stream that has ended
+
+
+def test_a_stream_that_has_ended_leaves_nothing_that_waited_for_it(yard: Yard) -> None:
+    """The wheel keeps it until it was to be looked at again."""
+    stream, far = yard.parked()
+    while stream.state is State.PARKED:
+        yard.say(LARGE)
+    yard.say(LARGE)
+    assert stream.mailbox is not None
+    assert stream.mailbox.bytes
+    far.close()
+    eventually(lambda: not yard.lot)
+    assert stream.mailbox is None
