@@ -53,8 +53,8 @@ class Mailbox(SimpleQueue):  # type: ignore[misc]
 
     def offer(self, letter: Letter, whole: bool = False) -> bool:
         """Add `letter`; False if it does not fit, and then the mailbox is as it was, but for passing ones that have made
-        room. `whole`: it belongs to what an empty mailbox is given at once, of which the bytes are bounded, and only the
-        number of passing ones. Atomic: no switch."""
+        room. `whole`: it belongs to what an empty mailbox is given at once, of which only the passing ones are bounded.
+        Atomic: no switch."""
         older = self.queue.get(self.latest.get(letter.same)) if letter.same is not None else None
         if not self._make_room(letter, older, whole and letter.keep != KEEP_NONE):
             return letter.keep == KEEP_NONE
@@ -105,7 +105,7 @@ class Mailbox(SimpleQueue):  # type: ignore[misc]
         # One letter larger than the bound still goes through an empty mailbox: else such an event could never arrive.
         others = len(self.queue) - (older is not None)
         size = self.bytes + len(letter.frame) - (len(older.frame) if older is not None else 0)
-        return not others or ((whole or others < self.most_events) and size <= self.most_bytes)
+        return not others or whole or (others < self.most_events and size <= self.most_bytes)
 
     def _drop(self, letter: Letter) -> None:
         del self.queue[letter.seq]

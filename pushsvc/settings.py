@@ -74,8 +74,8 @@ class Settings:
                                     "a limit.", unit="bytes")
     mailbox_events: int = setting(1000, "Most events that wait for one slow stream; then it is closed and resumes by id.",
                                   unit="events", least=1)
-    mailbox_bytes: int = setting(1 << 20, "Most bytes that wait for one slow stream in its worker, and twice as many in "
-                            "the kernel.", unit="bytes", least=1024)
+    mailbox_bytes: int = setting(1 << 20, "Most bytes that wait for one slow stream in its worker, besides one burst "
+                            "that came when nothing waited; and twice as many in the kernel.", unit="bytes", least=1024)
     heartbeat_seconds: float = setting(15.0, "Silence after which a stream gets a comment line: under the 60 s at which "
                                        "most proxies cut.", unit="s", least=0.1, most=3600)
     dead_seconds: float = setting(30.0, "How long a client may leave what was sent unacknowledged, or its window closed, "
