@@ -31,8 +31,10 @@ from pushsvc.stream import Stream
 from pushsvc.subscription import State, Subscription
 
 EPOLL: Any = monkey.get_original("select", "epoll")
-EPOLLRDHUP = 0x2000
+EPOLLIN, EPOLLRDHUP, EPOLLET = 0x1, 0x2000, 1 << 31
+WATCHED = EPOLLIN | EPOLLRDHUP | EPOLLET
 HANGUPS = 256  # hang-ups taken at once
+UNASKED_BYTES = 131_072  # of what a client sends after its request, read away at once
 WRITE = 2  # of gevent's io watchers
 LENT_SHARE = 0.75  # of the connections of a worker that streams may hold; the others are for publishes and health checks
 BEAT = sse.chunk(sse.HEARTBEAT)
@@ -114,7 +116,7 @@ class ParkingLot:
         subscription.fd = fd
         subscription.abort = None
         self._rest(subscription)
-        self._epoll.register(fd, EPOLLRDHUP)
+        self._epoll.register(fd, WATCHED)
 
     def send(self, members: Iterable[Subscription], payload: Payload) -> list[Subscription]:
         """Write a payload to those of `members` that are parked; the others. Atomic: no switch."""
@@ -239,11 +241,21 @@ class ParkingLot:
     # -- the end
 
     def _on_hangups(self) -> None:
-        for fd, _ in self._epoll.poll(0, HANGUPS):
+        for fd, event in self._epoll.poll(0, HANGUPS):
             subscription = self._streams.get(fd)
-            if subscription is not None:
-                self._hub.close(subscription, GONE)
-                self.break_off(subscription)  # it may have been closed already, and its farewell has nobody to go to
+            if subscription is None:
+                continue
+            if event == EPOLLIN:
+                self._read_away(fd)
+                continue
+            self._hub.close(subscription, GONE)
+            self.break_off(subscription)  # it may have been closed already, and its farewell has nobody to go to
+
+    def _read_away(self, fd: int) -> None:
+        """A client sends more after its request. Left in a full buffer it would hide that the client hangs up."""
+        with suppress(OSError):
+            if len(os.read(fd, UNASKED_BYTES)) == UNASKED_BYTES:
+                self._epoll.modify(fd, WATCHED)  # there may be more: then it is reported again
 
     def _release(self, subscription: Subscription) -> None:
         """Close the descriptor and forget the stream: the one place that does. Idempotent. Atomic: no switch."""

@@ -698,10 +698,6 @@ def test_a_drain_refuses_at_once_spreads_the_ends_and_closes_all(bench: Callable
     assert len(here.hub) == 0
 
 
-def test_a_drain_breaks_off_whoever_does_not_take_its_farewell(bench: Callable[..., Bench]) -> None:
-    here = bench(drain_seconds=0.3)
-    broken: list[str] = []
-    for name in "abc":
 def test_a_stream_that_was_admitted_before_a_drain_and_attaches_after_it_is_told_too(bench: Callable[..., Bench]) -> None:
     here = bench(comeback_ms=1000)
     late = here.hub.subscribe(["a"], False)
@@ -713,6 +709,10 @@ def test_a_stream_that_was_admitted_before_a_drain_and_attaches_after_it_is_told
     assert not len(here.hub)
 
 
+def test_a_drain_breaks_off_whoever_does_not_take_its_farewell(bench: Callable[..., Bench]) -> None:
+    here = bench(drain_seconds=0.3)
+    broken: list[str] = []
+    for name in "abc":
         here.stream(name, abort=lambda name=name: broken.append(name))  # type: ignore[misc]
     gevent.spawn(here.hub.drain).get(timeout=15)
     assert sorted(broken) == ["a", "b", "c"]

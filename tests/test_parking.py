@@ -133,6 +133,17 @@ def test_a_client_that_sends_garbage_after_its_request_is_served_on_and_noticed_
     eventually(lambda: streams(server) == before)
 
 
+def test_a_client_that_sends_more_than_a_buffer_takes_is_noticed_when_it_leaves_without_a_write(tmp_path):
+    with Server(tmp_path, workers=1, env={"PUSHSVC_HEARTBEAT_SECONDS": "3600"}) as server:
+        with Stream(server.url, "flood") as client:
+            client.opened()
+            client._socket.settimeout(30)
+            client._socket.sendall(b"x" * 20_000_000)
+            assert streams(server) == 1
+        eventually(lambda: streams(server) == 0)
+        assert evicted(server, "gone") == 1
+
+
 def test_a_peer_whose_link_goes_down_is_given_up_within_seconds(tmp_path):
     if os.geteuid() != 0 or shutil.which("ip") is None:
         missing("a network namespace needs root and the ip command")
