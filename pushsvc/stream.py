@@ -65,6 +65,8 @@ class Stream:
             # What came while the head was sent may be more than the mailbox holds: then it is read from history.
             if (self.asked or self.subscription.overflowed) and not (yield from self._replay(head.epoch, lost)):
                 return False
+            # What is up to the head and was not in history is in none: this stream came after it.
+            self.subscription.cursor = max(self.subscription.cursor, head.seq)
         except BrokerUnavailable:
             # Any answer but 200 ends an EventSource for good: this one comes back.
             self.hub.close(self.subscription, hubs.UNAVAILABLE, self.hub.settings.retry_ms)

@@ -153,6 +153,28 @@ def test_stream_that_is_overrun_while_it_opens_reads_history_and_misses_nothing(
         broker.close()
 
 
+@pytest.mark.parametrize("asked", ["earliest", "id"])
+def test_stream_that_came_after_an_event_of_no_history_is_not_given_it(asked: str) -> None:
+    """The event is acknowledged, and this worker's hub is handed it only now."""
+    settings = Settings(broker_url="memory:")
+    hub, broker = Hub(settings, Metrics()), MemoryBroker(settings)
+    hub.start(broker)
+    try:
+        kept, = broker.append([Draft(("a",), "kept")])
+        subscription = hub.subscribe(["a"], False)
+        hub.attach(subscription)
+        before, = broker.append([Draft(("a",), "passing", keep="none")])
+        text = b"".join(Stream(hub, broker, subscription, str(kept) if asked == "id" else asked).opening())
+        late, = broker.append([Draft(("a",), "passing", keep="none")])
+        assert b"passing" not in text
+        assert subscription.cursor == before.seq
+        eventually(lambda: subscription.mailbox is not None and late.seq in subscription.mailbox.queue)
+        assert subscription.take_waiting(hub.now).count(b"data: passing") == 1
+    finally:
+        hub.stop()
+        broker.close()
+
+
 # --- what stays of a stream that has ended
 
 
