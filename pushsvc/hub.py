@@ -396,7 +396,7 @@ class Hub:
 
     def _due(self, subscription: Subscription, silence: float) -> float:
         """When a stream is to be looked at that may be silent for so long after what was sent last."""
-        due = subscription.sent + silence
+        due = subscription.sent + silence - TICK_SECONDS  # the wheel is up to a tick late
         if subscription.expires:
             due = min(due, self.now + max(0.0, subscription.expires - self.wall()))
         return min(due, self._rotates(subscription))

@@ -16,7 +16,7 @@ import pytest
 from pushsvc import hub
 from pushsvc.brokers.base import Broker, Deliver, Page, Reset
 from pushsvc.event import Draft, Event
-from pushsvc.hub import DRAIN, EXPIRED, GONE, LOST, ROTATE, SLICE_SECONDS, SLOW, SMALL_GROUP, Hub
+from pushsvc.hub import DRAIN, EXPIRED, GONE, LOST, ROTATE, SLICE_SECONDS, SLOW, SMALL_GROUP, TICK_SECONDS, Hub
 from pushsvc.mailbox import Letter
 from pushsvc.metrics import Metrics
 from pushsvc.position import Position
@@ -578,6 +578,21 @@ def test_only_streams_that_were_silent_get_a_heartbeat(bench: Callable[..., Benc
     clock.now += 4.5
     ticked(here, clock)
     assert silent.mailbox.nudged
+
+
+def test_heartbeats_are_an_interval_apart(bench: Callable[..., Bench]) -> None:
+    clock = Clock(1000.1)
+    here = bench(clock, heartbeat_seconds=2.0)
+    stream = here.stream("a")
+    beats = []
+    for _ in range(50):
+        clock.now += TICK_SECONDS
+        ticked(here, clock)
+        if stream.mailbox is not None and stream.mailbox.nudged:
+            stream.mailbox.nudged = False
+            beats.append(clock.now)
+    assert [later - earlier for earlier, later in pairwise(beats)] == pytest.approx([2.0] * (len(beats) - 1), abs=0.1)
+    assert len(beats) >= 5
 
 
 def test_heartbeats_after_an_event_to_all_are_spread(bench: Callable[..., Bench]) -> None:
