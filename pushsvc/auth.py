@@ -75,12 +75,14 @@ class Access:
         try:
             claims = jwt.decode(token, self._key, algorithms=self._algorithms,
                                 options={"require": ["exp", "sub"], "verify_aud": False})
-        except jwt.InvalidTokenError as error:
+            expires = float(claims["exp"])
+            claims["sub"].encode()  # a lone surrogate, which JSON can hold, has no bytes
+        except (jwt.InvalidTokenError, OverflowError, UnicodeEncodeError) as error:
             raise _invalid(str(error)) from None
         rights = claims.get(CLAIM, {})
         if not isinstance(rights, dict):
             raise _invalid(f"the claim {CLAIM} is no object")
-        return Grant(claims["sub"], _patterns(rights, "subscribe"), _patterns(rights, "publish"), float(claims["exp"]))
+        return Grant(claims["sub"], _patterns(rights, "subscribe"), _patterns(rights, "publish"), expires)
 
 
 def _bearer(authorization: str | None) -> str:

@@ -260,6 +260,8 @@ BAD_TOKENS = {
     "a header that asks for more": lambda: forged({"alg": "HS256", "crit": ["x\r\nX-Evil: 1"]}, SECRET.encode()),
     "a header with a quote": lambda: forged({"alg": "HS256", "crit": ['é"\\x']}, SECRET.encode()),
     "a key id that is no string": lambda: forged({"alg": "HS256", "kid": 1}, SECRET.encode()),
+    "exp is beyond all numbers": lambda: token(exp=10**400),
+    "sub has no bytes": lambda: token(sub="\ud800"),
     "deep claims": lambda: forged({"alg": "HS256"}, b"x", sub="[" * 2000),
     "bytes beyond ASCII": lambda: "\xff\xfe.\xe9.x",
 }
