@@ -24,7 +24,10 @@ REDIS = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis-
          "sentinel", "valkey", "valkeys")  # schemes of addresses of Redis
 
 
-def setting(default: Any, why: str, *, unit: str = "", least: float = 0, most: float = float("inf"),
+MOST = 1e15  # of a number that has no bound of its own: all that reads it can still count
+
+
+def setting(default: Any, why: str, *, unit: str = "", least: float = 0, most: float = MOST,
             choices: tuple[str, ...] = ()) -> Any:
     """A field of Settings: its default, its reason (a sentence of the table), its unit and what it may be."""
     meta = {"why": why, "unit": unit, "least": least, "most": most, "choices": choices}
@@ -37,8 +40,9 @@ class Settings:
 
     bind: str = setting("127.0.0.1:8000", "Where to listen, as gunicorn's `bind`; several are separated by commas.")
     backlog: int = setting(4096, "Connections that wait to be accepted, per worker; the kernel allows `somaxconn`.",
-                           unit="connections", least=1)
-    keepalive_seconds: int = setting(5, "How long an idle connection of a publisher is kept.", unit="s", least=1)
+                           unit="connections", least=1, most=1e6)
+    keepalive_seconds: int = setting(5, "How long an idle connection of a publisher is kept.", unit="s", least=1,
+                                     most=3600)
     broker_url: str = setting("sqlite:var/pushsvc.db", "The log: `sqlite:PATH` (all workers of one machine share it), "
                               "`redis://HOST:PORT/DB` (several machines; also `rediss:`, `unix:`, `redis+sentinel:`) or "
                               "`memory:` (one process, lost with it).")
@@ -54,11 +58,12 @@ class Settings:
                                              unit="s", least=0.1, most=300)
     history_events: int = setting(10_000, "Newest events that each topic keeps in history.", unit="events per topic",
                                   least=1)
-    history_seconds: float = setting(86_400.0, "Age at which an event leaves history.", unit="s", least=1)
+    history_seconds: float = setting(86_400.0, "Age at which an event leaves history.", unit="s", least=1, most=1e9)
     history_bytes: int = setting(1 << 30, "Size of the whole log at which its oldest events leave; Redis has a bound "
                                "of its own, `maxmemory`, and refuses to publish when it is full.", unit="bytes",
                                  least=1 << 20)
-    idempotency_seconds: float = setting(86_400.0, "How long an Idempotency-Key is remembered.", unit="s", least=1)
+    idempotency_seconds: float = setting(86_400.0, "How long an Idempotency-Key is remembered.", unit="s", least=1,
+                                         most=1e9)
     max_body_bytes: int = setting(1 << 20, "Largest body of a publish; more is 413.", unit="bytes", least=1024)
     max_batch_events: int = setting(10_000, "Most lines of one NDJSON batch; their topics are 100,000 together at most.",
                                     unit="events", least=1)
@@ -175,7 +180,7 @@ def _check(each: Field[Any], value: Any) -> None:
         if meta["choices"] and value not in meta["choices"]:
             raise SettingsError(f"{variable(each)} is one of {', '.join(filter(None, meta['choices']))}, not {value!r}")
     elif not meta["least"] <= value <= meta["most"]:
-        most = "" if meta["most"] == float("inf") else f" and at most {meta['most']:g}"
+        most = "" if meta["most"] == MOST else f" and at most {meta['most']:g}"
         raise SettingsError(f"{variable(each)} is at least {meta['least']:g}{most} {meta['unit']}, not {value!r}")
 
 
