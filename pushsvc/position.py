@@ -37,7 +37,7 @@ def parse_position(text: str) -> Position | None:
 
     Raises BadRequest for what no id can be: control characters or more than 255 bytes.
     """
-    if len(text) > MAX_ID_BYTES or _CONTROL.search(text):
+    if len(text.encode()) > MAX_ID_BYTES or _CONTROL.search(text):
         raise BadRequest(f"the last event id has at most {MAX_ID_BYTES} bytes and no control characters")
     match = _POSITION.fullmatch(text)
     return Position(match[1], int(match[2])) if match else None

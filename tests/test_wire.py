@@ -454,6 +454,7 @@ REFUSED = {
     "an id with a line end": "topic=a&last_event_id=1%0A2",
     "an id with NUL": "topic=a&last_event_id=%00",
     "an id that is too long": "topic=a&last_event_id=" + "1" * 256,
+    "an id of 128 characters and 256 bytes": "topic=a&last_event_id=" + "%C3%A9" * 128,
     "two spellings of the id": "topic=a&last_event_id=1&lastEventID=1",
 }
 
