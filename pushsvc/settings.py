@@ -96,8 +96,8 @@ class Settings:
     comeback_ms: int = setting(5000, "Clients of a drained worker come back spread over this time, each with its own "
                                "`retry:`.", unit="ms", least=1, most=3_600_000)
     auth: str = setting("", "`none` opens the service on any address without a key.", choices=("", "none"))
-    jwt_key: str = setting("", "The key that tokens are checked with: a secret (HS256, 32 bytes or more) or a public key "
-                           "in PEM (RS256, ES256, EdDSA).")
+    jwt_key: str = setting("", "The key that tokens are checked with: a secret (HS256; fewer than 32 bytes are warned "
+                           "of) or a public key in PEM (RS256, ES256, EdDSA).")
     jwt_algorithms: str = setting("", "Accepted algorithms, separated by commas; empty: the one that fits the key.")
     cors_origins: str = setting("", "Origins (`https://app.example`) whose pages may use the service, with credentials; "
                                 "separated by commas.")
