@@ -1,4 +1,8 @@
-"""`GET /events` on the wire: what a standard reader, curl and an SSE library get from the running service."""
+"""`GET /events` on the wire: what a standard reader, curl and an SSE library get from the running service.
+
+What a stream brings is the same on every way to it (docs/adr/0008-parked-streams.md), so the tests of it run on each:
+parked by `PushWorker`, plain by gunicorn's own gevent worker, and inside this process by Flask's test client.
+"""
 
 import http.client
 import json
@@ -17,10 +21,13 @@ from httpx_sse import connect_sse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.client import Stream, publish, publish_form, publish_lines, request
+from app import create_app
+from pushsvc.settings import Settings
+from tests.support.client import Stream
 from tests.support.reader import EventReader, Message
 from tests.support.server import Server
 from tests.support.wait import eventually
+from tests.support.ways import Inside, Served, Way
 
 HISTORY = 20  # events per topic: few, so that retention is soon seen
 HEARTBEAT = 1  # seconds
@@ -38,16 +45,44 @@ NASTY = [
 ]  # fmt: skip
 
 
+# What only a server has: a socket, the framing of a body, versions of HTTP.
+served = pytest.mark.parametrize("service", ["parked", "plain"], indirect=True)
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with Server(tmp_path_factory.mktemp("wire"), env=SETTINGS) as server:
-        yield server
-        eventually(lambda: metric(server, "pushsvc_streams") == 0, 30, message="a stream has survived the tests")
+def parked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with Server(tmp_path_factory.mktemp("parked"), env=SETTINGS) as server:
+        service = Served(server.url)
+        yield service
+        assert_nothing_is_left(service)
 
 
-@pytest.fixture
-def url(server: Server) -> str:
-    return server.url
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The same service under gunicorn's own gevent worker: its parser, and streams that are plain generators."""
+    with Server(tmp_path_factory.mktemp("plain"), workers=1, env=SETTINGS, worker_class="gevent") as server:
+        service = Served(server.url)
+        yield service
+        assert_nothing_is_left(service)
+        server.kill_all()  # gunicorn's own way to stop takes seconds
+
+
+@pytest.fixture(scope="module")
+def inside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inside]:
+    log = tmp_path_factory.mktemp("inside") / "push.db"
+    app = create_app(Settings.from_environ({**SETTINGS, "PUSHSVC_BROKER_URL": f"sqlite:{log}"}))
+    try:
+        service = Inside(app)
+        yield service
+        assert_nothing_is_left(service)
+    finally:
+        app.extensions["pushsvc"].close()
+
+
+@pytest.fixture(scope="module", params=["parked", "plain", "inside"])
+def service(request: pytest.FixtureRequest) -> Way:
+    way: Way = request.getfixturevalue(request.param)
+    return way
 
 
 @pytest.fixture
@@ -56,9 +91,13 @@ def topic(request: pytest.FixtureRequest) -> str:
     return f"{re.sub(r'[^a-z0-9]+', '-', request.node.name)[:200]}-{uuid.uuid4().hex[:6]}"
 
 
-def metric(server: Server, name: str) -> float:
+def assert_nothing_is_left(service: Way) -> None:
+    eventually(lambda: metric(service, "pushsvc_streams") == 0, 30, message="a stream has survived the tests")
+
+
+def metric(service: Way, name: str) -> float:
     """The sum of a metric over all workers and labels."""
-    text = request("GET", f"{server.url}/metrics").text
+    text = service.request("GET", "/metrics").text
     return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if re.match(rf"{name}[ {{]", line))
 
 
@@ -80,132 +119,146 @@ def normal(data: str) -> str:
 # --- The answer and its opening --------------------------------------------------------------------------
 
 
-def test_answer_has_the_status_and_headers_of_the_contract(url: str, topic: str) -> None:
-    with Stream(url, topic) as stream:
+def test_answer_has_the_status_and_headers_of_the_contract(service: Way, topic: str) -> None:
+    with service.stream(topic) as stream:
         assert stream.status == 200
         assert stream.headers["content-type"] == "text/event-stream"
         assert stream.headers["cache-control"] == "no-store"
         assert stream.headers["x-accel-buffering"] == "no"
-        assert stream.headers["transfer-encoding"] == "chunked"
+        if isinstance(service, Served):  # the application leaves the framing to its server
+            assert stream.headers["transfer-encoding"] == "chunked"
         assert "content-length" not in stream.headers
         assert "set-cookie" not in stream.headers
 
 
-def test_stream_opens_at_once_with_retry_and_a_comment(url: str, topic: str) -> None:
-    with Stream(url, topic) as stream:
+def test_stream_opens_at_once_with_retry_and_a_comment(service: Way, topic: str) -> None:
+    with service.stream(topic) as stream:
         stream.opened(TIMEOUT)
         assert stream.reader.reconnection_time == 3000
         assert re.match(rb"retry: 3000\n:[^\n]*\n", bytes(stream.raw))
 
 
-def test_stream_without_an_id_is_live_only(url: str, topic: str) -> None:
-    publish(url, topic=topic, data="before")
-    with Stream(url, topic) as stream:
+def test_stream_without_an_id_is_live_only(service: Way, topic: str) -> None:
+    service.publish(topic=topic, data="before")
+    with service.stream(topic) as stream:
         stream.opened(TIMEOUT)
-        publish(url, topic=topic, data="after")
+        service.publish(topic=topic, data="after")
         assert stream.next(TIMEOUT).data == "after"
 
 
-def test_event_comes_as_the_fields_event_id_data_in_this_order(url: str, topic: str) -> None:
-    with Stream(url, topic) as stream:
+def test_event_comes_as_the_fields_event_id_data_in_this_order(service: Way, topic: str) -> None:
+    with service.stream(topic) as stream:
         stream.opened(TIMEOUT)
-        id = publish(url, topic=topic, event="news", data="one\r\ntwo\rthree\nfour")
+        id = service.publish(topic=topic, event="news", data="one\r\ntwo\rthree\nfour")
         assert stream.next(TIMEOUT) == Message("news", "one\ntwo\nthree\nfour", id)
         expected = f"event: news\nid: {id}\ndata: one\ndata: two\ndata: three\ndata: four\n\n"
         assert bytes(stream.raw).endswith(expected.encode())
 
 
 @pytest.mark.parametrize("fields", [{}, {"event": "message"}], ids=["left out", "asked for"])
-def test_default_event_message_is_left_out(url: str, topic: str, fields: dict[str, str]) -> None:
-    with Stream(url, topic) as stream:
+def test_default_event_message_is_left_out(service: Way, topic: str, fields: dict[str, str]) -> None:
+    with service.stream(topic) as stream:
         stream.opened(TIMEOUT)
-        id = publish(url, topic=topic, data="x", **fields)
+        id = service.publish(topic=topic, data="x", **fields)
         assert stream.next(TIMEOUT) == Message("message", "x", id)
         assert b"event:" not in stream.raw
         assert bytes(stream.raw).endswith(f"id: {id}\ndata: x\n\n".encode())
 
 
-def test_event_with_retry_changes_the_reconnection_time(url: str, topic: str) -> None:
-    with Stream(url, topic) as stream:
+def test_event_with_retry_changes_the_reconnection_time(service: Way, topic: str) -> None:
+    with service.stream(topic) as stream:
         stream.opened(TIMEOUT)
-        publish(url, topic=topic, data="x", retry=0)
+        service.publish(topic=topic, data="x", retry=0)
         assert stream.next(TIMEOUT).data == "x"
         assert stream.reader.reconnection_time == 0
 
 
-def test_empty_data_is_an_event(url: str, topic: str) -> None:
-    with Stream(url, topic) as stream:
+def test_empty_data_is_an_event(service: Way, topic: str) -> None:
+    with service.stream(topic) as stream:
         stream.opened(TIMEOUT)
-        id = publish(url, topic=topic, data="")
+        id = service.publish(topic=topic, data="")
         assert stream.next(TIMEOUT) == Message("message", "", id)
+
+
+def test_large_event_comes_whole_live_and_from_history(service: Way, topic: str) -> None:
+    data = ("\u00e9\r\n\u2028" + "x" * 200) * 4500  # as JSON nearly 1 MiB: more than a socket takes at once
+    with service.stream(topic) as stream:
+        stream.opened(TIMEOUT)
+        id = service.publish(topic=topic, data=data)
+        frame = "".join([f"id: {id}\n", *(f"data: {line}\n" for line in normal(data).split("\n")), "\n"])
+        assert stream.next(TIMEOUT) == Message("message", normal(data), id)
+        assert frame.encode() in stream.raw
+    with service.stream(topic, last_event_id="earliest") as stream:
+        assert stream.next(TIMEOUT) == Message("message", normal(data), id)
+        assert frame.encode() in stream.raw
 
 
 # --- Topics, the envelope, the order ---------------------------------------------------------------------
 
 
-def test_envelope_is_one_json_object_with_id_topic_event_and_data(url: str, topic: str) -> None:
-    with Stream(url, topic, envelope=True) as stream:
+def test_envelope_is_one_json_object_with_id_topic_event_and_data(service: Way, topic: str) -> None:
+    with service.stream(topic, envelope=True) as stream:
         stream.opened(TIMEOUT)
-        id = publish(url, topic=topic, event="news", data="one\r\ntwo")
+        id = service.publish(topic=topic, event="news", data="one\r\ntwo")
         message = stream.next(TIMEOUT)
         assert (message.type, message.last_event_id) == ("news", id)
         pairs = json.loads(message.data, object_pairs_hook=list)
         assert pairs == [("id", id), ("topic", topic), ("event", "news"), ("data", "one\r\ntwo")]
 
 
-def test_envelope_names_the_default_event_too(url: str, topic: str) -> None:
-    with Stream(url, topic, envelope=True) as stream:
+def test_envelope_names_the_default_event_too(service: Way, topic: str) -> None:
+    with service.stream(topic, envelope=True) as stream:
         stream.opened(TIMEOUT)
-        publish(url, topic=topic, data="x")
+        service.publish(topic=topic, data="x")
         message = stream.next(TIMEOUT)
         assert message.type == "message"
         assert json.loads(message.data)["event"] == "message"
 
 
-def test_envelope_names_the_topic_that_matched(url: str, topic: str) -> None:
-    with Stream(url, [f"{topic}-c", f"{topic}-b"], envelope=True) as stream:
+def test_envelope_names_the_topic_that_matched(service: Way, topic: str) -> None:
+    with service.stream([f"{topic}-c", f"{topic}-b"], envelope=True) as stream:
         stream.opened(TIMEOUT)
-        publish(url, topics=[f"{topic}-a", f"{topic}-b"], data="x")
-        publish(url, topic=f"{topic}-c", data="y")
+        service.publish(topics=[f"{topic}-a", f"{topic}-b"], data="x")
+        service.publish(topic=f"{topic}-c", data="y")
         topics = [json.loads(message.data)["topic"] for message in stream.take(2, TIMEOUT)]
         assert topics == [f"{topic}-b", f"{topic}-c"]
 
 
-def test_event_of_several_topics_of_a_stream_comes_once(url: str, topic: str) -> None:
+def test_event_of_several_topics_of_a_stream_comes_once(service: Way, topic: str) -> None:
     topics = [f"{topic}-{letter}" for letter in "abc"]
-    with Stream(url, topics) as live:
+    with service.stream(topics) as live:
         live.opened(TIMEOUT)
-        first = publish(url, topics=topics, data="first")
-        second = publish(url, topics=[*topics[1:], f"{topic}-other"], data="second")
-        last = publish(url, topic=topics[0], data="last")
+        first = service.publish(topics=topics, data="first")
+        second = service.publish(topics=[*topics[1:], f"{topic}-other"], data="second")
+        last = service.publish(topic=topics[0], data="last")
         expected = [first, second, last]
         assert [message.last_event_id for message in live.take(3, TIMEOUT)] == expected
-    with Stream(url, topics, last_event_id="earliest") as replayed:
+    with service.stream(topics, last_event_id="earliest") as replayed:
         assert [message.last_event_id for message in replayed.take(3, TIMEOUT)] == expected
 
 
-def test_topic_asked_for_twice_counts_once(url: str, topic: str) -> None:
-    with Stream(url, [topic, topic]) as stream:
+def test_topic_asked_for_twice_counts_once(service: Way, topic: str) -> None:
+    with service.stream([topic, topic]) as stream:
         stream.opened(TIMEOUT)
-        publish(url, topic=topic, data="a")
-        publish(url, topic=topic, data="b")
+        service.publish(topic=topic, data="a")
+        service.publish(topic=topic, data="b")
         assert data_of(stream.take(2, TIMEOUT)) == ["a", "b"]
 
 
-def test_events_of_other_topics_do_not_come(url: str, topic: str) -> None:
-    with Stream(url, topic) as stream:
+def test_events_of_other_topics_do_not_come(service: Way, topic: str) -> None:
+    with service.stream(topic) as stream:
         stream.opened(TIMEOUT)
         for other in (f"{topic}x", topic[:-1], topic.upper(), f"{topic} ", "*"):
-            publish(url, topic=other, data="not for you")
-        publish(url, topic=topic, data="for you")
+            service.publish(topic=other, data="not for you")
+        service.publish(topic=topic, data="for you")
         assert stream.next(TIMEOUT).data == "for you"
 
 
-def test_ids_grow_in_the_order_of_delivery_over_all_topics(url: str, topic: str) -> None:
+def test_ids_grow_in_the_order_of_delivery_over_all_topics(service: Way, topic: str) -> None:
     topics = [f"{topic}-{number}" for number in range(3)]
-    with Stream(url, topics) as stream:
+    with service.stream(topics) as stream:
         stream.opened(TIMEOUT)
-        sent = [publish(url, topic=topics[count % 3], data=str(count)) for count in range(15)]
+        sent = [service.publish(topic=topics[count % 3], data=str(count)) for count in range(15)]
         got = stream.take(15, TIMEOUT)
         assert [message.last_event_id for message in got] == sent
         assert data_of(got) == [str(count) for count in range(15)]
@@ -213,12 +266,12 @@ def test_ids_grow_in_the_order_of_delivery_over_all_topics(url: str, topic: str)
         assert len({epoch for epoch, _ in map(position, sent)}) == 1
 
 
-def test_stream_may_name_a_thousand_topics(url: str, topic: str) -> None:
+def test_stream_may_name_a_thousand_topics(service: Way, topic: str) -> None:
     topics = [f"user-{number:020}" for number in range(1000)]
-    with Stream(url, topics, timeout=TIMEOUT) as stream:
+    with service.stream(topics, timeout=TIMEOUT) as stream:
         assert stream.status == 200
         stream.opened(TIMEOUT)
-        id = publish(url, topics=topics, data="to all")
+        id = service.publish(topics=topics, data="to all")
         assert stream.next(TIMEOUT) == Message("message", "to all", id)
 
 
@@ -234,66 +287,81 @@ RESUMES = {
 
 
 @pytest.mark.parametrize(("headers", "query"), RESUMES.values(), ids=RESUMES)
-def test_stream_resumes_after_the_id(url: str, topic: str, headers: dict[str, str], query: dict[str, str]) -> None:
-    ids = [publish(url, topic=topic, data=str(count)) for count in range(4)]
+def test_stream_resumes_after_the_id(service: Way, topic: str, headers: dict[str, str], query: dict[str, str]) -> None:
+    ids = [service.publish(topic=topic, data=str(count)) for count in range(4)]
     asked = urlencode({"topic": topic} | {name: value.format(*ids) for name, value in query.items()})
     headers = {name: value.format(*ids) for name, value in headers.items()}
-    with Stream(url, [], path=f"/events?{asked}", headers=headers) as stream:
+    with service.stream([], path=f"/events?{asked}", headers=headers) as stream:
         assert data_of(stream.take(2, TIMEOUT)) == ["2", "3"]
-        publish(url, topic=topic, data="live")
+        service.publish(topic=topic, data="live")
         assert stream.next(TIMEOUT).data == "live"
 
 
-def test_resume_from_the_newest_id_brings_only_what_is_new(url: str, topic: str) -> None:
-    id = publish(url, topic=topic, data="seen")
-    with Stream(url, topic, last_event_id=id) as stream:
+def test_resume_from_the_newest_id_brings_only_what_is_new(service: Way, topic: str) -> None:
+    id = service.publish(topic=topic, data="seen")
+    with service.stream(topic, last_event_id=id) as stream:
         stream.opened(TIMEOUT)
-        publish(url, topic=topic, data="new")
+        service.publish(topic=topic, data="new")
         assert stream.next(TIMEOUT).data == "new"
 
 
-def test_id_of_another_topic_resumes_too(url: str, topic: str) -> None:
-    publish(url, topic=topic, data="before")
-    id = publish(url, topic=f"{topic}-other", data="elsewhere")
-    publish(url, topic=topic, data="after")
-    with Stream(url, topic, last_event_id=id) as stream:
+def test_id_of_another_topic_resumes_too(service: Way, topic: str) -> None:
+    service.publish(topic=topic, data="before")
+    id = service.publish(topic=f"{topic}-other", data="elsewhere")
+    service.publish(topic=topic, data="after")
+    with service.stream(topic, last_event_id=id) as stream:
         assert stream.next(TIMEOUT).data == "after"
 
 
-def test_reader_that_lost_its_connection_before_any_event_misses_nothing(url: str, topic: str) -> None:
-    with Stream(url, topic) as stream:
-        publish(url, topic=f"{topic}-other", data="makes the position known")
+def test_reader_that_lost_its_connection_before_any_event_misses_nothing(service: Way, topic: str) -> None:
+    with service.stream(topic) as stream:
+        service.publish(topic=f"{topic}-other", data="makes the position known")
         stream.opened(TIMEOUT)
         stands_at = eventually(lambda: stream.last_event_id, message="no id before the first event")
-    publish(url, topic=topic, data="missed")
-    with Stream(url, topic, last_event_id=stands_at) as stream:
+    service.publish(topic=topic, data="missed")
+    with service.stream(topic, last_event_id=stands_at) as stream:
         assert stream.next(TIMEOUT).data == "missed"
 
 
 @pytest.mark.parametrize("where", ["header", "query"])
-def test_earliest_brings_all_that_history_holds_then_live(url: str, topic: str, where: str) -> None:
+def test_earliest_brings_all_that_history_holds_then_live(service: Way, topic: str, where: str) -> None:
     for count in range(3):
-        publish(url, topic=topic, data=str(count))
+        service.publish(topic=topic, data=str(count))
     asked = {"last_event_id": "earliest"} if where == "header" else {"query_last_event_id": "earliest"}
-    with Stream(url, topic, **asked) as stream:
+    with service.stream(topic, **asked) as stream:
         assert data_of(stream.take(3, TIMEOUT)) == ["0", "1", "2"]
-        publish(url, topic=topic, data="live")
+        service.publish(topic=topic, data="live")
         assert stream.next(TIMEOUT).data == "live"
 
 
-def test_replay_has_the_same_bytes_as_live(url: str, topic: str) -> None:
+def test_event_comes_live_whatever_its_keep_and_history_brings_what_was_kept(service: Way, topic: str) -> None:
+    with service.stream(topic) as stream:
+        stream.opened(TIMEOUT)
+        first = service.publish(topic=topic, data="first")
+        for keep, data in [("latest", "old"), ("none", "passing"), ("all", "all"), ("latest", "new"), ("none", "gone")]:
+            service.publish(topic=topic, data=data, keep=keep, key="k")
+        assert data_of(stream.take(6, TIMEOUT)) == ["first", "old", "passing", "all", "new", "gone"]
+    with (service.stream(topic, last_event_id="earliest") as whole,
+          service.stream(topic, last_event_id=first) as rest):
+        assert data_of(whole.take(3, TIMEOUT)) == ["first", "all", "new"]
+        assert data_of(rest.take(2, TIMEOUT)) == ["all", "new"]
+        service.publish(topic=topic, data="live", keep="none")
+        assert whole.next(TIMEOUT).data == rest.next(TIMEOUT).data == "live"
+
+
+def test_replay_has_the_same_bytes_as_live(service: Way, topic: str) -> None:
     def frames(stream: Stream, count: int) -> bytes:
         stream.take(count, TIMEOUT)
         return bytes(stream.raw)[bytes(stream.raw).index(b"event: first") :]
 
     for envelope in (False, True):
-        with Stream(url, topic, envelope=envelope) as stream:
+        with service.stream(topic, envelope=envelope) as stream:
             stream.opened(TIMEOUT)
-            before = publish(url, topic=f"{topic}-other", data="")
-            publish(url, topic=topic, event="first", data="a\r\nb", retry=7)
-            publish(url, topic=topic, data="\u2028 \0 \U0001f600")
+            before = service.publish(topic=f"{topic}-other", data="")
+            service.publish(topic=topic, event="first", data="a\r\nb", retry=7)
+            service.publish(topic=topic, data="\u2028 \0 \U0001f600")
             live = frames(stream, 2)
-        with Stream(url, topic, envelope=envelope, last_event_id=before) as stream:
+        with service.stream(topic, envelope=envelope, last_event_id=before) as stream:
             assert frames(stream, 2) == live
 
 
@@ -303,9 +371,9 @@ FOREIGN_IDS = ["garbage", "0", "-", "12", "00000000001-5", "ffffffffffe-1", "é 
 
 
 @pytest.mark.parametrize("asked", FOREIGN_IDS)
-def test_id_that_is_not_ours_is_told_as_a_gap_and_history_follows(url: str, topic: str, asked: str) -> None:
-    first = publish(url, topic=topic, data="held")
-    with Stream(url, topic, query_last_event_id=asked) as stream:
+def test_id_that_is_not_ours_is_told_as_a_gap_and_history_follows(service: Way, topic: str, asked: str) -> None:
+    first = service.publish(topic=topic, data="held")
+    with service.stream(topic, query_last_event_id=asked) as stream:
         gap, held = stream.take(2, TIMEOUT)
         assert gap.type == "gap"
         told = json.loads(gap.data)
@@ -313,35 +381,35 @@ def test_id_that_is_not_ours_is_told_as_a_gap_and_history_follows(url: str, topi
         assert (told["from"], told["reason"]) == (asked, "epoch")
         assert position(gap.last_event_id) < position(first)
         assert held == Message("message", "held", first)
-        publish(url, topic=topic, data="live")
+        service.publish(topic=topic, data="live")
         assert stream.next(TIMEOUT).data == "live"
 
 
-def test_gap_comes_alone_when_history_holds_nothing_and_live_follows(url: str, topic: str) -> None:
-    with Stream(url, topic, last_event_id="garbage") as stream:
+def test_gap_comes_alone_when_history_holds_nothing_and_live_follows(service: Way, topic: str) -> None:
+    with service.stream(topic, last_event_id="garbage") as stream:
         gap = stream.next(TIMEOUT)
         assert (gap.type, json.loads(gap.data)["reason"]) == ("gap", "epoch")
-        id = publish(url, topic=topic, data="live")
+        id = service.publish(topic=topic, data="live")
         assert stream.next(TIMEOUT) == Message("message", "live", id)
 
 
-def test_id_that_is_ahead_of_the_log_is_told_as_a_gap_and_live_follows(url: str, topic: str) -> None:
-    epoch, seq = position(publish(url, topic=topic, data="held"))
-    with Stream(url, topic, last_event_id=f"{epoch}-{seq + 1_000_000}") as stream:
+def test_id_that_is_ahead_of_the_log_is_told_as_a_gap_and_live_follows(service: Way, topic: str) -> None:
+    epoch, seq = position(service.publish(topic=topic, data="held"))
+    with service.stream(topic, last_event_id=f"{epoch}-{seq + 1_000_000}") as stream:
         gap = stream.next(TIMEOUT)
         told = json.loads(gap.data)
         assert (told["from"], told["reason"]) == (f"{epoch}-{seq + 1_000_000}", "epoch")
-        publish(url, topic=topic, data="live")
+        service.publish(topic=topic, data="live")
         messages = stream.until(lambda message: message.data == "live", TIMEOUT)
         assert all(position(message.last_event_id) >= position(gap.last_event_id) for message in messages)
 
 
-def test_trimmed_history_is_told_as_a_gap_and_the_rest_follows_in_order(url: str, topic: str) -> None:
-    first = publish(url, topic=topic, data="first")
-    ids = publish_lines(url, [{"topic": topic, "data": str(count)} for count in range(3 * HISTORY)])
+def test_trimmed_history_is_told_as_a_gap_and_the_rest_follows_in_order(service: Way, topic: str) -> None:
+    first = service.publish(topic=topic, data="first")
+    ids = service.publish_lines([{"topic": topic, "data": str(count)} for count in range(3 * HISTORY)])
 
     def trimmed() -> list[Message] | None:
-        with Stream(url, topic, last_event_id=first) as stream:
+        with service.stream(topic, last_event_id=first) as stream:
             messages = stream.until(lambda message: message.last_event_id == ids[-1], TIMEOUT)
         return messages if len(messages) == 1 + HISTORY else None
 
@@ -351,14 +419,14 @@ def test_trimmed_history_is_told_as_a_gap_and_the_rest_follows_in_order(url: str
     assert json.loads(gap.data) == {"from": first, "to": ids[-HISTORY - 1], "reason": "trimmed"}
     assert gap.last_event_id == ids[-HISTORY - 1]
 
-    with Stream(url, topic, last_event_id=gap.last_event_id) as stream:
+    with service.stream(topic, last_event_id=gap.last_event_id) as stream:
         assert [message.last_event_id for message in stream.take(HISTORY, TIMEOUT)] == ids[-HISTORY:]
-    with Stream(url, topic, last_event_id="earliest") as stream:
+    with service.stream(topic, last_event_id="earliest") as stream:
         assert [message.last_event_id for message in stream.take(HISTORY, TIMEOUT)] == ids[-HISTORY:]
 
 
-def test_gap_in_envelope_form_is_the_same_event(url: str, topic: str) -> None:
-    with Stream(url, topic, envelope=True, last_event_id="garbage") as stream:
+def test_gap_in_envelope_form_is_the_same_event(service: Way, topic: str) -> None:
+    with service.stream(topic, envelope=True, last_event_id="garbage") as stream:
         gap = stream.next(TIMEOUT)
         assert (gap.type, list(json.loads(gap.data))) == ("gap", ["from", "to", "reason"])
 
@@ -366,26 +434,27 @@ def test_gap_in_envelope_form_is_the_same_event(url: str, topic: str) -> None:
 # --- Heartbeats ------------------------------------------------------------------------------------------
 
 
-def test_silence_is_broken_by_comments_and_a_busy_stream_gets_none(url: str, topic: str) -> None:
-    with Stream(url, f"{topic}-silent") as silent, Stream(url, topic) as busy:
+def test_silence_is_broken_by_comments_and_a_busy_stream_gets_none(service: Way, topic: str) -> None:
+    with service.stream(f"{topic}-silent") as silent, service.stream(topic) as busy:
         silent.opened(TIMEOUT)
         busy.opened(TIMEOUT)
         begun = published = time.monotonic()
-        first = len(silent.reader.comments)
+        first, length = len(silent.reader.comments), len(silent.raw)
         while len(silent.reader.comments) < first + 2:
             before, last, published = len(busy.reader.comments), published, time.monotonic()
             assert published < begun + TIMEOUT, "no heartbeats"
-            publish(url, topic=topic, data="x")
+            service.publish(topic=topic, data="x")
             busy.next(TIMEOUT)
             if time.monotonic() - last < HEARTBEAT / 3:  # a machine that paused for longer has made a silence
                 assert len(busy.reader.comments) == before
             silent.quiet(0.05)
         assert time.monotonic() - begun >= HEARTBEAT, "heartbeats come faster than was asked for"
+        assert re.fullmatch(rb"(:\n)+", silent.raw[length:])
 
 
-def test_heartbeat_does_not_change_what_a_reader_resumes_from(url: str, topic: str) -> None:
-    id = publish(url, topic=topic, data="seen")
-    with Stream(url, topic, last_event_id=id) as stream:
+def test_heartbeat_does_not_change_what_a_reader_resumes_from(service: Way, topic: str) -> None:
+    id = service.publish(topic=topic, data="seen")
+    with service.stream(topic, last_event_id=id) as stream:
         stream.opened(TIMEOUT)
         before = len(stream.reader.comments)
         eventually(lambda: stream.quiet(0.2) or len(stream.reader.comments) > before, TIMEOUT, 0)
@@ -396,27 +465,28 @@ def test_heartbeat_does_not_change_what_a_reader_resumes_from(url: str, topic: s
 # --- Other ways to ask -----------------------------------------------------------------------------------
 
 
-def test_http_1_0_client_gets_the_stream_unframed(url: str, topic: str) -> None:
-    publish(url, topic=topic, data="held")
-    with Stream(url, topic, version="1.0", last_event_id="earliest") as stream:
+@served
+def test_http_1_0_client_gets_the_stream_unframed(service: Way, topic: str) -> None:
+    service.publish(topic=topic, data="held")
+    with service.stream(topic, version="1.0", last_event_id="earliest") as stream:
         assert stream.status == 200
         assert "transfer-encoding" not in stream.headers
         assert "content-length" not in stream.headers
         assert stream.headers["content-type"] == "text/event-stream"
         assert stream.next(TIMEOUT).data == "held"
-        publish(url, topic=topic, data="live")
+        service.publish(topic=topic, data="live")
         assert stream.next(TIMEOUT).data == "live"
         assert stream.raw.startswith(b"retry: ")
         eventually(lambda: stream.quiet(0.2) or stream.reader.comments[1:], TIMEOUT, 0, "no heartbeat")
 
 
-def test_head_answers_the_headers_and_leaves_no_stream_open(server: Server, topic: str) -> None:
-    opened = metric(server, "pushsvc_streams_opened_total")
-    with Stream(server.url, topic, last_event_id="earliest") as stream:
+def test_head_answers_the_headers_and_leaves_no_stream_open(service: Way, topic: str) -> None:
+    opened = metric(service, "pushsvc_streams_opened_total")
+    with service.stream(topic, last_event_id="earliest") as stream:
         streamed = stream.headers
-    eventually(lambda: metric(server, "pushsvc_streams_opened_total") > opened)
-    opened = metric(server, "pushsvc_streams_opened_total")
-    answer = request("HEAD", f"{server.url}/events?topic={topic}", headers={"Connection": "keep-alive"})
+    eventually(lambda: metric(service, "pushsvc_streams_opened_total") > opened)
+    opened = metric(service, "pushsvc_streams_opened_total")
+    answer = service.request("HEAD", f"/events?topic={topic}", headers={"Connection": "keep-alive"})
     assert (answer.status, answer.body) == (200, b"")
     for name in ("content-type", "cache-control", "x-accel-buffering"):
         assert answer.headers[name] == streamed[name]
@@ -424,12 +494,12 @@ def test_head_answers_the_headers_and_leaves_no_stream_open(server: Server, topi
     # Content-Length in such a response unless its field value equals the decimal number of octets that would have been
     # sent in the content of a response if the same request had used the GET method." (RFC 9110, section 8.6)
     assert "content-length" not in answer.headers
-    eventually(lambda: metric(server, "pushsvc_streams") == 0, 30, message="HEAD has left a stream open")
-    assert metric(server, "pushsvc_streams_opened_total") == opened
+    eventually(lambda: metric(service, "pushsvc_streams") == 0, 30, message="HEAD has left a stream open")
+    assert metric(service, "pushsvc_streams_opened_total") == opened
 
 
-def test_head_is_refused_as_get_is(url: str) -> None:
-    answer = request("HEAD", f"{url}/events")
+def test_head_is_refused_as_get_is(service: Way) -> None:
+    answer = service.request("HEAD", "/events")
     assert (answer.status, answer.headers["content-type"]) == (400, "application/problem+json")
 
 
@@ -460,20 +530,20 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("query", REFUSED.values(), ids=REFUSED)
-def test_request_that_breaks_the_contract_is_a_problem(url: str, query: str) -> None:
-    answer = request("GET", f"{url}/events?{query}")
+def test_request_that_breaks_the_contract_is_a_problem(service: Way, query: str) -> None:
+    answer = service.request("GET", f"/events?{query}")
     assert (answer.status, answer.headers["content-type"]) == (400, "application/problem+json")
     problem = answer.json()
     assert (problem["status"], bool(problem["title"]), bool(problem["detail"])) == (400, True, True)
 
 
-def test_unknown_query_field_is_told_the_nearest_that_exists(url: str) -> None:
-    assert "'topic'" in request("GET", f"{url}/events?topci=a").json()["detail"]
+def test_unknown_query_field_is_told_the_nearest_that_exists(service: Way) -> None:
+    assert "'topic'" in service.request("GET", "/events?topci=a").json()["detail"]
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
-def test_other_method_is_a_problem_that_says_what_is_allowed(url: str, method: str) -> None:
-    answer = request(method, f"{url}/events?topic=a")
+def test_other_method_is_a_problem_that_says_what_is_allowed(service: Way, method: str) -> None:
+    answer = service.request(method, "/events?topic=a")
     assert (answer.status, answer.headers["content-type"]) == (405, "application/problem+json")
     assert {"GET", "HEAD"} <= set(answer.headers["allow"].split(", "))
 
@@ -481,22 +551,18 @@ def test_other_method_is_a_problem_that_says_what_is_allowed(url: str, method: s
 # --- gunicorn's own worker as the measure ----------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The same service under gunicorn's own gevent worker: its parser, and streams that are plain generators."""
-    with Server(tmp_path_factory.mktemp("stock"), workers=1, env=SETTINGS, worker_class="gevent") as stock:
-        yield stock
+FRAMING = {"connection", "date", "server", "transfer-encoding"}  # the fields that are the server's
 
 
-def test_stream_is_the_same_under_gunicorns_own_worker(server: Server, stock: Server, topic: str) -> None:
-    def seen(url: str, topic: str, **asked: Any) -> tuple[dict[str, str], bytes, bytes]:
+def test_stream_is_the_same_on_every_way(parked: Served, plain: Served, inside: Inside, topic: str) -> None:
+    def seen(service: Way, topic: str, **asked: Any) -> tuple[dict[str, str], bytes, bytes]:
         """Headers, bytes and heartbeat of a stream of the same story: a gap, history, live events, silence."""
-        epoch, begin = position(publish(url, topic=topic, data="held", event="a"))
-        publish_lines(url, [{"topic": topic, "data": data} for data in NASTY[:5]])
-        with Stream(url, [topic, f"{topic}-b"], last_event_id="garbage", **asked) as stream:
+        epoch, begin = position(service.publish(topic=topic, data="held", event="a"))
+        service.publish_lines([{"topic": topic, "data": data} for data in NASTY[:5]])
+        with service.stream([topic, f"{topic}-b"], last_event_id="garbage", **asked) as stream:
             stream.take(7, TIMEOUT)
             for data in NASTY[5:]:
-                publish(url, topics=[f"{topic}-b", topic], data=data, event="b", retry=5)
+                service.publish(topics=[f"{topic}-b", topic], data=data, event="b", retry=5)
                 stream.next(TIMEOUT)
             story = bytes(stream.raw).replace(b"\n:\n", b"\n")  # a slow machine has made a silence
             ids = re.compile(rb"%b-([1-9]\d*)" % epoch.encode())  # but 0, which the gap begins with
@@ -508,7 +574,24 @@ def test_stream_is_the_same_under_gunicorns_own_worker(server: Server, stock: Se
         return headers, story, bytes(stream.raw[length:])
 
     for name, asked in {"plain": {}, "envelope": {"envelope": True}, "unframed": {"version": "1.0"}}.items():
-        assert seen(stock.url, f"{topic}-{name}", **asked) == seen(server.url, f"{topic}-{name}", **asked)
+        headers, *bodies = seen(parked, f"{topic}-{name}", **asked)
+        assert seen(plain, f"{topic}-{name}", **asked) == (headers, *bodies)
+        if name != "unframed":
+            own = {name: value for name, value in headers.items() if name not in FRAMING}
+            assert seen(inside, f"{topic}-{name}", **asked) == (own, *bodies)
+
+
+def test_client_that_closes_its_sending_side_is_gone_where_streams_are_parked_only(
+        parked: Served, plain: Served, topic: str) -> None:
+    """What differs around a stream (ADR 8): the epoll set of the parked ones tells of it, a plain one is not asked."""
+    with parked.stream(topic) as stream:
+        stream.opened(TIMEOUT)._socket.shutdown(socket.SHUT_WR)
+        assert stream.rest(TIMEOUT) == []
+        assert not stream.clean_end
+    with plain.stream(topic) as stream:
+        stream.opened(TIMEOUT)._socket.shutdown(socket.SHUT_WR)
+        plain.publish(topic=topic, data="still here")
+        assert stream.next(TIMEOUT).data == "still here"
 
 
 TARGETS = [
@@ -569,14 +652,14 @@ def answer_to(url: str, request: str) -> tuple[str, list[tuple[str, list[str]]],
 
 
 @pytest.mark.parametrize("sent", REQUESTS, ids=lambda sent: ascii(sent)[:80])
-def test_request_is_understood_as_under_gunicorns_own_worker(server: Server, stock: Server, sent: str) -> None:
+def test_request_is_understood_as_under_gunicorns_own_worker(parked: Served, plain: Served, sent: str) -> None:
     """The worker reads the requests of returning clients by itself: it may not read them otherwise."""
-    expected = answer_to(stock.url, sent)
+    expected = answer_to(plain.url, sent)
     for _ in range(3):  # the worker that has not yet had such a request, and the one that has
-        assert answer_to(server.url, sent) == expected
+        assert answer_to(parked.url, sent) == expected
 
 
-@pytest.mark.parametrize("kind", ["server", "stock"])
+@served
 @pytest.mark.parametrize(("sent", "status"), [
     ("GET /events?topic=a HTTP/2.9\r\n\r\n", 400), ("nonsense\r\n\r\n", 400), ("GET / HTTP/1.1\r\n: x\r\n\r\n", 400),
     ("GET /events?topic=a HTTP/1.1\r\nContent-Length: x\r\n\r\n", 400),
@@ -585,8 +668,8 @@ def test_request_is_understood_as_under_gunicorns_own_worker(server: Server, sto
     ("GET / HTTP/1.1\r\n" + "X: " + "x" * 9000 + "\r\n\r\n", 431),
 ])  # fmt: skip
 def test_request_that_cannot_be_read_is_a_problem_too(
-        kind: str, sent: str, status: int, request: pytest.FixtureRequest) -> None:
-    line, headers, body = answer_to(request.getfixturevalue(kind).url, sent)
+        service: Served, sent: str, status: int) -> None:
+    line, headers, body = answer_to(service.url, sent)
     problem = json.loads(body)
     assert line.split()[1] == str(status) == str(problem["status"])
     assert dict(headers)["Content-Type"] == ["application/problem+json"]
@@ -622,26 +705,28 @@ class Curl:
         return self.messages
 
 
-def test_curl_subscribes_publishes_and_resumes(url: str, topic: str) -> None:
-    with Curl(f"{url}/events?topic={topic}") as curl:
+@served
+def test_curl_subscribes_publishes_and_resumes(service: Served, topic: str) -> None:
+    with Curl(f"{service.url}/events?topic={topic}") as curl:
         curl.shown(0)
         form = ["-d", f"topic={topic}", "-d", "data=hello"]
-        answer = subprocess.check_output(["curl", "-sS", *form, f"{url}/publish"], timeout=TIMEOUT)
+        answer = subprocess.check_output(["curl", "-sS", *form, f"{service.url}/publish"], timeout=TIMEOUT)
         first = json.loads(answer)["id"]
         assert curl.shown(1) == [Message("message", "hello", first)]
-    second = publish(url, topic=topic, event="more", data="two\nlines")
-    with Curl(f"{url}/events?topic={topic}&last_event_id={first}") as curl:
+    second = service.publish(topic=topic, event="more", data="two\nlines")
+    with Curl(f"{service.url}/events?topic={topic}&last_event_id={first}") as curl:
         assert curl.shown(1) == [Message("more", "two\nlines", second)]
 
 
-def test_an_sse_library_reads_the_same_events(url: str, topic: str) -> None:
+@served
+def test_an_sse_library_reads_the_same_events(service: Served, topic: str) -> None:
     data = NASTY[: HISTORY - 1]
-    ids = publish_lines(url, [{"topic": topic, "event": "nasty", "data": each} for each in data])
-    params = {"topic": topic, "last_event_id": "earliest"}
-    with httpx.Client(timeout=TIMEOUT) as client, connect_sse(client, "GET", f"{url}/events", params=params) as source:
+    ids = service.publish_lines([{"topic": topic, "event": "nasty", "data": each} for each in data])
+    url, params = f"{service.url}/events", {"topic": topic, "last_event_id": "earliest"}
+    with httpx.Client(timeout=TIMEOUT) as client, connect_sse(client, "GET", url, params=params) as source:
         events = source.iter_sse()
         got = [next(events) for _ in data]
-        id = publish(url, topic=topic, data="live")
+        id = service.publish(topic=topic, data="live")
         live = next(events)
     assert [(each.event, each.id) for each in got] == [("nasty", id) for id in ids]
     assert [each.data for each in got] == [normal(each) for each in data]
@@ -663,11 +748,11 @@ NAME = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_s
 class Echo:
     """Publishes in each form and reads it back in both wire forms, on two streams that stay open."""
 
-    def __init__(self, url: str, topic: str) -> None:
-        self.url = url
+    def __init__(self, service: Way, topic: str) -> None:
+        self.service = service
         self.topic = topic
-        self.plain = Stream(url, topic, timeout=TIMEOUT).opened(TIMEOUT)
-        self.envelope = Stream(url, topic, envelope=True, timeout=TIMEOUT).opened(TIMEOUT)
+        self.plain = service.stream(topic, timeout=TIMEOUT).opened(TIMEOUT)
+        self.envelope = service.stream(topic, envelope=True, timeout=TIMEOUT).opened(TIMEOUT)
 
     def __enter__(self) -> "Echo":
         return self
@@ -679,9 +764,9 @@ class Echo:
     def check(self, data: str, **fields: Any) -> None:
         sent = {"topic": self.topic, "data": data, **fields}
         ids = [
-            publish(self.url, **sent),
-            publish_form(self.url, list(sent.items())),
-            *publish_lines(self.url, [sent, sent]),
+            self.service.publish(**sent),
+            self.service.publish_form(list(sent.items())),
+            *self.service.publish_lines([sent, sent]),
         ]
         event = fields.get("event", "message")
         for id, plain, enveloped in zip(ids, self.plain.take(4, TIMEOUT), self.envelope.take(4, TIMEOUT), strict=True):
@@ -690,8 +775,8 @@ class Echo:
 
 
 @pytest.fixture(scope="module")
-def echo(server: Server) -> Iterator[Echo]:
-    with Echo(server.url, "echo") as echo:
+def echo(service: Way) -> Iterator[Echo]:
+    with Echo(service, "echo") as echo:
         yield echo
 
 
@@ -709,12 +794,12 @@ def test_event_and_key_may_be_any_valid_name(echo: Echo, data: str, event: str, 
 
 @settings(max_examples=40, deadline=None, database=None)
 @given(topic=NAME)
-def test_topic_may_be_any_valid_name(server: Server, topic: str) -> None:
+def test_topic_may_be_any_valid_name(service: Way, topic: str) -> None:
     query = urlencode({"topic": topic, "envelope": "1"}, quote_via=quote)
-    with Stream(server.url, [], path=f"/events?{query}") as stream:
+    with service.stream([], path=f"/events?{query}") as stream:
         stream.opened(TIMEOUT)
-        id = publish(server.url, topic=topic, data="x")
-        form = publish_form(server.url, [("topics", topic), ("topics", f"{topic[:1]}-other"), ("data", "y")])
+        id = service.publish(topic=topic, data="x")
+        form = service.publish_form([("topics", topic), ("topics", f"{topic[:1]}-other"), ("data", "y")])
         first, second = map(json.loads, data_of(stream.take(2, TIMEOUT)))
         assert (first["id"], first["topic"], first["data"]) == (id, topic, "x")
         assert (second["id"], second["topic"], second["data"]) == (form, topic, "y")

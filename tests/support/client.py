@@ -200,10 +200,9 @@ class Stream:
         fields |= headers or {}
 
         deadline = time.monotonic() + timeout
-        self._socket = _connect(parts.hostname or "127.0.0.1", parts.port or 80, timeout, receive_buffer)
+        self._connect(parts.hostname or "127.0.0.1", parts.port or 80, timeout, receive_buffer)
         try:
-            self._socket.sendall(_request_head(target, version, fields))
-            self.status, self.headers, rest = self._read_head(deadline)
+            self.status, self.headers, rest = self._ask(target, version, fields, deadline)
             self._is_event_stream = self.headers.get("content-type", "").startswith("text/event-stream")
             self._body = framing(self.headers)
             self._decode(rest)
@@ -305,6 +304,14 @@ class Stream:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._socket.close()
 
+    def _connect(self, host: str, port: int, timeout: float, receive_buffer: int | None) -> None:
+        self._socket = _connect(host, port, timeout, receive_buffer)
+
+    def _ask(self, target: str, version: str, fields: Headers, deadline: float) -> tuple[int, dict[str, str], bytes]:
+        """Sends the request; the status, the headers and what has come of the body with them."""
+        self._socket.sendall(_request_head(target, version, fields))
+        return self._read_head(deadline)
+
     def _pop(self) -> Message:
         message = self._messages.popleft()
         self._taken_id = message.last_event_id or self._taken_id
@@ -333,13 +340,16 @@ class Stream:
         try:
             if remaining <= 0:
                 raise TimeoutError
-            self._socket.settimeout(remaining)
-            data = self._socket.recv(READ_SIZE)
+            data = self._next_part(remaining)
         except TimeoutError:
             waiting = list(self._messages)[:5]
             raise TimeoutError(f"timed out; not taken: {len(self._messages)} messages {waiting}") from None
         self.wire += data[: max(0, self._wire_limit - len(self.wire))]
         return data
+
+    def _next_part(self, timeout: float) -> bytes:
+        self._socket.settimeout(timeout)
+        return self._socket.recv(READ_SIZE)
 
     def _read_head(self, deadline: float) -> tuple[int, dict[str, str], bytes]:
         received = b""
@@ -433,23 +443,33 @@ def request(
         connection.close()
 
 
-def publish(url: str, *, headers: Headers | None = None, **fields: Any) -> str:
-    """Publishes one event as JSON to the service at `url`; asserts that it was accepted; returns its id."""
+Ask = Callable[[str, str, str, Headers], Response]
+
+
+def publish(url: str, *, headers: Headers | None = None, ask: Ask = request, **fields: Any) -> str:
+    """Publishes one event as JSON to the service at `url`; asserts that it was accepted; returns its id.
+
+    ask: how requests are made, as by `request`.
+    """
     sent = {"Content-Type": "application/json", **(headers or {})}
-    return str(_accepted(request("POST", f"{url}/publish", json.dumps(fields), sent))["id"])
+    return str(_accepted(ask("POST", f"{url}/publish", json.dumps(fields), sent))["id"])
 
 
-def publish_form(url: str, pairs: Sequence[tuple[str, str]], *, headers: Headers | None = None) -> str:
+def publish_form(
+    url: str, pairs: Sequence[tuple[str, str]], *, headers: Headers | None = None, ask: Ask = request
+) -> str:
     """Publishes one event as a form, as `curl -d` does; returns its id."""
     sent = {"Content-Type": "application/x-www-form-urlencoded", **(headers or {})}
-    return str(_accepted(request("POST", f"{url}/publish", urlencode(pairs), sent))["id"])
+    return str(_accepted(ask("POST", f"{url}/publish", urlencode(pairs), sent))["id"])
 
 
-def publish_lines(url: str, objects: Iterable[Mapping[str, Any]], *, headers: Headers | None = None) -> list[str]:
+def publish_lines(
+    url: str, objects: Iterable[Mapping[str, Any]], *, headers: Headers | None = None, ask: Ask = request
+) -> list[str]:
     """Publishes a batch, one JSON object a line; returns the ids in the order of the lines."""
     sent = {"Content-Type": "application/x-ndjson", **(headers or {})}
     lines = "".join(json.dumps(fields) + "\n" for fields in objects)
-    return list(_accepted(request("POST", f"{url}/publish", lines, sent))["ids"])
+    return list(_accepted(ask("POST", f"{url}/publish", lines, sent))["ids"])
 
 
 class Connection:
