@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.brokers import BROKERS
-from tests.support.client import Connection, Stream, publish, publish_lines, request
+from tests.support.client import Connection, EndOfStream, Stream, publish, publish_lines, request
 from tests.support.programs import missing
 from tests.support.server import Server, free_port
 from tests.support.wait import eventually
@@ -259,6 +259,36 @@ def test_a_thousand_frozen_readers_are_closed_as_slow_and_others_still_receive(t
         assert seen == sent
         for client in frozen:
             client.close()
+
+
+# --- Age -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("worker_class", [PARKING, GEVENT])
+def test_a_stream_of_age_ends_cleanly_and_its_client_comes_back_without_a_loss(tmp_path, worker_class):
+    most = 700  # ms until it comes back
+    env = {**QUIET, "PUSHSVC_ROTATE_SECONDS": "0.5", "PUSHSVC_COMEBACK_MS": str(most)}
+    with Server(tmp_path, workers=1, env=env, worker_class=worker_class) as server, \
+            Connection(server.url) as publisher:
+        sent, read, ended = [], [], []
+        stream = Stream(server.url, "aged", last_event_id=publisher.publish(topic="aged", data="before"))
+        while len(ended) < 2 or len(read) < len(sent):
+            if len(ended) < 2:
+                sent.append(publisher.publish(topic="aged", data="x"))
+                time.sleep(0.01)
+            try:
+                read.append(stream.next(30).last_event_id)
+            except EndOfStream:
+                ended.append(stream)
+                stream = Stream(server.url, "aged", last_event_id=stream.last_event_id)
+        stream.close()
+        assert read == sent
+        for stream in ended:
+            assert (stream.status, stream.clean_end) == (200, True)
+            assert bytes(stream.raw).endswith(b"\n\nretry: %d\n: rotate\n" % stream.reader.reconnection_time)
+            assert 0 < stream.reader.reconnection_time <= most
+            stream.close()
+        assert evicted(server, "rotate") >= 2
 
 
 # --- Bounds ----------------------------------------------------------------------------------------------
