@@ -197,28 +197,55 @@ def _bound_to(directory, host):
 # --- Full sockets ----------------------------------------------------------------------------------------
 
 
-def test_a_reader_that_is_stopped_and_goes_on_in_time_misses_nothing(server, tmp_path):
-    output = tmp_path / "out"
+@contextlib.contextmanager
+def _stopped(server, output):
+    """A reader of the topic `stopped` that writes to the file `output`, and is stopped (SIGSTOP); its process."""
     with output.open("wb") as out, subprocess.Popen(
             ["curl", "-sN", f"{server.url}/events?topic=stopped"], stdout=out) as reader:
         try:
             eventually(lambda: b": open" in output.read_bytes())
             os.kill(reader.pid, signal.SIGSTOP)
-            data = "x" * 60_000
-            for number in range(400):  # 24 MB: far more than both sockets hold
-                publish(server.url, topic="stopped", data=f"{number} {data}")
-                if behind(server):
-                    break
-            assert behind(server) == 1, "the socket of a stopped reader never got full"
-            publish(server.url, topic="stopped", data="the last")
-            os.kill(reader.pid, signal.SIGCONT)
-            eventually(lambda: b"data: the last\n" in output.read_bytes()[-200:])
-            numbers = [int(found) for found in re.findall(rb"^data: (\d+) ", output.read_bytes(), re.M)]
-            assert numbers == list(range(number + 1))
-            eventually(lambda: behind(server) == 0, message="a stream that caught up still has its greenlet")
+            yield reader
         finally:
             os.kill(reader.pid, signal.SIGCONT)
             reader.kill()
+
+
+def _fill(server):
+    """Publish numbered events until the socket of the stopped reader is full; how many."""
+    data = "x" * 60_000
+    for number in range(400):  # 24 MB: far more than both sockets hold
+        publish(server.url, topic="stopped", data=f"{number} {data}")
+        if behind(server):
+            return number + 1
+    raise AssertionError("the socket of a stopped reader never got full")
+
+
+def test_a_reader_that_is_stopped_and_goes_on_in_time_misses_nothing(server, tmp_path):
+    output = tmp_path / "out"
+    with _stopped(server, output) as reader:
+        count = _fill(server)
+        publish(server.url, topic="stopped", data="the last")
+        os.kill(reader.pid, signal.SIGCONT)
+        eventually(lambda: b"data: the last\n" in output.read_bytes()[-200:])
+        numbers = [int(found) for found in re.findall(rb"^data: (\d+) ", output.read_bytes(), re.M)]
+        assert numbers == list(range(count))
+        eventually(lambda: behind(server) == 0, message="a stream that caught up still has its greenlet")
+
+
+def test_a_reader_that_stays_stopped_is_given_up_though_its_kernel_answers(tmp_path):
+    """Its window is closed: the kernel acknowledges each probe of it, and TCP_USER_TIMEOUT ends that all the same."""
+    dead = 1
+    env = {**QUIET, "PUSHSVC_DEAD_SECONDS": str(dead), "PUSHSVC_MAILBOX_BYTES": str(8 << 20)}
+    with Server(tmp_path, workers=1, env=env) as server:
+        worker, = server.worker_pids()
+        before, begun = _sockets(worker), time.monotonic()
+        with _stopped(server, tmp_path / "out"):
+            _fill(server)
+            eventually(lambda: streams(server) == 0, timeout=30, message="the stopped reader still has its stream")
+            assert time.monotonic() - begun >= dead
+            assert (evicted(server, "gone"), evicted(server, "slow"), behind(server)) == (1, 0, 0)
+            eventually(lambda: _sockets(worker) <= before)
 
 
 def test_reader_that_is_frozen_costs_the_kernel_no_more_than_two_mailboxes(tmp_path):
@@ -259,6 +286,15 @@ def test_a_thousand_frozen_readers_are_closed_as_slow_and_others_still_receive(t
         assert seen == sent
         for client in frozen:
             client.close()
+
+
+def _sockets(pid):
+    """How many sockets a process has open. Other descriptors its log opens when it needs them."""
+    count = 0
+    for each in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            count += str(each.readlink()).startswith("socket:")
+    return count
 
 
 # --- Age -------------------------------------------------------------------------------------------------
