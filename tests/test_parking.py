@@ -17,7 +17,7 @@ import pytest
 from tests.support.brokers import BROKERS
 from tests.support.client import Connection, EndOfStream, Stream, publish, publish_lines, request
 from tests.support.programs import missing
-from tests.support.server import Server, free_port
+from tests.support.server import ROOT, Server, free_port
 from tests.support.wait import eventually
 
 PARKING, GEVENT = "pushsvc.worker.PushWorker", "gevent"
@@ -262,30 +262,60 @@ def test_reader_that_is_frozen_costs_the_kernel_no_more_than_two_mailboxes(tmp_p
             assert sent < own + 3 * most, "the kernel takes more for a reader that has stopped"
 
 
+# Tells how many greenlets the worker has.
+COUNTED = """
+import gc
+from greenlet import greenlet
+from app import create_app
+
+app = create_app()
+
+@app.get("/greenlets")
+def greenlets():
+    return str(sum(isinstance(each, greenlet) and not each.dead for each in gc.get_objects()))
+"""
+
+
 def test_a_thousand_frozen_readers_are_closed_as_slow_and_others_still_receive(tmp_path):
+    """Each has a topic of its own and the envelope, which names it: no two of them share what waits."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-    env = {**QUIET, "PUSHSVC_MAILBOX_BYTES": "65536"}
-    with Server(tmp_path, workers=1, env=env) as server:
-        frozen = [Stream(server.url, "ice", receive_buffer=4096).opened(30) for _ in range(1000)]
-        reader = Stream(server.url, "ice").opened()
+    (tmp_path / "counted.py").write_text(COUNTED)
+    topics, mailbox, greenlet = [f"ice-{number}" for number in range(1000)], 16_384, 40_000
+    env = {**QUIET, "PUSHSVC_MAILBOX_BYTES": str(mailbox), "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    with Server(tmp_path / "server", workers=1, env=env, application="counted:app") as server:
+        worker, = server.worker_pids()
+        reader = Stream(server.url, topics[0]).opened()
         witness = Stream(server.url, "other").opened()
-        sent = []
+        greenlets, sockets = _greenlets(server), _sockets(worker)
+        frozen = [Stream(server.url, topic, envelope=True, receive_buffer=4096).opened(30) for topic in topics]
+        assert _greenlets(server) <= greenlets + 5, "a parked stream has a greenlet"
+        memory = _memory(worker, "VmRSS")
+        sent, most_behind = [], 0
         deadline = time.monotonic() + 120
         with Connection(server.url) as publisher:
             while evicted(server, "slow") < 1000 and time.monotonic() < deadline:
-                for _ in range(5):
-                    sent.append(publisher.publish(topic="ice", data="y" * 50_000))
-                    publisher.publish(topic="other", data="small")
-                    assert witness.next(30).data == "small"
-                    assert reader.next(30).last_event_id == sent[-1]
+                sent.append(publisher.publish(topics=topics, data="y" * 5000))
+                publisher.publish(topic="other", data="small")
+                assert witness.next(30).data == "small"
+                assert reader.next(30).last_event_id == sent[-1]
+                most_behind = max(most_behind, behind(server))
         assert evicted(server, "slow") == 1000
         eventually(lambda: behind(server) == 0)
         assert streams(server) == 2
-        back = Stream(server.url, "ice", last_event_id=frozen[0].last_event_id)
+        assert most_behind > 500, "they were not behind at the same time"
+        # What waits in its mailbox, and as much that was taken out of it and does not fit into the socket.
+        assert _memory(worker, "VmHWM") - memory < 1000 * (2 * mailbox + greenlet)
+        eventually(lambda: _greenlets(server) <= greenlets + 5, message="greenlets are left")
+        eventually(lambda: _sockets(worker) <= sockets + 5, message="descriptors are left")
+        back = Stream(server.url, topics[0], last_event_id=frozen[0].last_event_id)
         seen = [message.last_event_id for message in back.take(len(sent), 30)]
         assert seen == sent
         for client in frozen:
             client.close()
+
+
+def _greenlets(server):
+    return int(request("GET", f"{server.url}/greenlets").text)
 
 
 def _sockets(pid):
@@ -295,6 +325,11 @@ def _sockets(pid):
         with contextlib.suppress(FileNotFoundError):
             count += str(each.readlink()).startswith("socket:")
     return count
+
+
+def _memory(pid, which):
+    """A figure of /proc/PID/status, in bytes."""
+    return int(re.search(rf"^{which}:\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.M)[1]) * 1024
 
 
 # --- Age -------------------------------------------------------------------------------------------------
