@@ -58,7 +58,8 @@ def evicted(server, reason):
 def _transcript(directory, broker, worker_class, envelope):
     """All that one stream is sent, by a worker of this class: head and body, with what differs by nature blotted out."""
     with (BROKERS[broker](directory) as url,
-          Server(directory, workers=1, env={**QUIET, "PUSHSVC_BROKER_URL": url}, worker_class=worker_class) as server):
+          Server(directory, workers=1, env={**QUIET, "PUSHSVC_BROKER_URL": url, "PUSHSVC_KEEPALIVE_SECONDS": "1"},
+                 worker_class=worker_class) as server):
         first = publish(server.url, topic="a", data="before")
         stream = Stream(server.url, ["a", "b"], last_event_id=first.rpartition("-")[0] + "-0", envelope=envelope)
         stream.take(1)
@@ -365,8 +366,11 @@ def test_a_stream_of_age_ends_cleanly_and_its_client_comes_back_without_a_loss(t
 # --- Bounds ----------------------------------------------------------------------------------------------
 
 
-def test_a_worker_that_is_full_refuses_softly_and_keeps_publishing(tmp_path):
-    with Server(tmp_path, workers=1, env={**QUIET, "PUSHSVC_MAX_STREAMS": "30"}) as server:
+@pytest.mark.parametrize("worker_class", [PARKING, GEVENT])
+def test_a_worker_that_is_full_refuses_softly_and_keeps_publishing(tmp_path, worker_class):
+    env = {"PUSHSVC_HEARTBEAT_SECONDS": "0.3", "PUSHSVC_MAX_STREAMS": "30",  # a plain stream notices a hang-up by one
+           "PUSHSVC_KEEPALIVE_SECONDS": "1"}
+    with Server(tmp_path, workers=1, env=env, worker_class=worker_class) as server:
         held = [Stream(server.url, "full").opened() for _ in range(30)]
         refused = Stream(server.url, "full")
         assert refused.rest() == []
@@ -400,6 +404,43 @@ def test_a_worker_without_descriptors_does_not_spin_and_recovers(tmp_path):
             stream.close()
         eventually(lambda: publish(server.url, topic="few", data="again"), timeout=20)
         assert held[-1].until(lambda message: message.data == "again")
+
+
+def test_a_worker_near_its_descriptor_limit_refuses_streams_and_answers_all_others(tmp_path):
+    descriptors, connections = 260, 60
+    limited = ["sh", "-c", f'ulimit -n {descriptors} && exec "$@"', "sh"]
+    env = {**QUIET, "PUSHSVC_MAX_CONNECTIONS": str(connections), "PUSHSVC_KEEPALIVE_SECONDS": "60"}
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(Server(tmp_path, workers=1, env=env, prefix=limited))
+        worker, = server.worker_pids()
+        assert resource.prlimit(worker, resource.RLIMIT_NOFILE) == (descriptors, descriptors)
+        held = []
+        while not (refused := stack.enter_context(Stream(server.url, "many"))).headers.get("content-length"):
+            held.append(refused.opened(30))
+            assert len(held) < descriptors - connections, "streams take what the other connections need"
+        assert refused.rest() == []
+        assert (refused.status, refused.clean_end) == (200, True)
+        assert re.fullmatch(rb"retry: \d+\n: open\n: full\n", refused.raw)
+        assert len(held) > descriptors / 2
+
+        for _ in range(connections):
+            stack.enter_context(_kept(server))
+        assert _sockets(worker) > len(held) + connections - 5, "the kept connections were not kept"
+        for number in range(10):
+            assert request("GET", f"{server.url}/healthz").status == 200
+            publish(server.url, topic="many", data=str(number))
+        for stream in held:
+            assert [message.data for message in stream.take(10, 30)] == list("0123456789")
+        assert len(os.listdir(f"/proc/{worker}/fd")) < descriptors - 10, "the log may need some"
+
+
+@contextlib.contextmanager
+def _kept(server):
+    """A connection that has had an answer, and is kept for another request."""
+    with socket.create_connection((server.host, server.port), timeout=10) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+        yield connection
 
 
 def _connected(server):
