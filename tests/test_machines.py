@@ -2,6 +2,7 @@
 of several, and what fails is told. The configurations are those that ops/machines/ ships."""
 
 import contextlib
+import http.client
 import http.server
 import json
 import os
@@ -13,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import gevent
 import jwt
@@ -151,6 +153,38 @@ def test_when_no_machine_answers_a_stream_is_told_to_come_back_and_a_publisher_t
                 eventually(lambda: "no server available" in balancer.log(), message="the checks have failed")
     finally:
         fronts.balancer.__enter__()
+
+
+def test_a_publish_that_was_read_and_not_answered_is_sent_again_if_it_has_a_key_and_is_small(tmp_path: Path) -> None:
+    read: list[str] = []
+
+    class Faltering(Answering):
+        """Reads every publish and answers each second one."""
+
+        def do_POST(self) -> None:
+            read.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            if len(read) % 2 == 0:
+                self.do_GET()
+
+    here = Machine("", "", ["127.0.0.1", "127.0.0.2"])
+    with Serving(Faltering) as front, \
+            Balancer(tmp_path, here, [here] * 3, port=front.port, listen=free_port()) as balancer:
+        for size, key, status in [(100, True, 200), (14_000, True, 200), (20_000, True, 502), (100, False, 502)]:
+            read.clear()
+            assert publish_in_parts(balancer.url, "x" * size, {"Idempotency-Key": "k"} if key else {}) == status
+            assert read == ["x" * size] * (2 if status == 200 else 1), (size, key)
+
+
+def publish_in_parts(url: str, body: str, headers: dict[str, str]) -> int:
+    """As many clients do: first the head, then the body. The status."""
+    with contextlib.closing(http.client.HTTPConnection(urlsplit(url).netloc, timeout=20)) as connection:
+        connection.putrequest("POST", "/publish")
+        for name, value in (headers | {"Content-Length": str(len(body))}).items():
+            connection.putheader(name, value)
+        connection.endheaders()
+        gevent.sleep(0.1)
+        connection.send(body.encode())
+        return connection.getresponse().status
 
 
 # --- The chat --------------------------------------------------------------------------------------------
@@ -448,7 +482,7 @@ def memory(*options: str) -> list[dict[str, Any]]:
 
 
 def test_a_user_goes_to_the_cell_of_his_number_wherever_his_token_is(tmp_path: Path) -> None:
-    cells, port = [Answering(f"cell {number}") for number in range(2)], free_port()
+    cells, port = [Serving(type("Cell", (Answering,), {"text": f"cell {number}"})) for number in range(2)], free_port()
     config = tmp_path / "cells.cfg"
     ports = {f"10.0.{cell}.1{front}:8000": f"127.0.0.1:{cells[cell].port}" for cell in (0, 1) for front in (1, 2)}
     config.write_text(changed("cells.cfg", ports | {"127.0.0.1:8080": f"127.0.0.1:{port}"}))
@@ -469,21 +503,11 @@ def test_a_user_goes_to_the_cell_of_his_number_wherever_his_token_is(tmp_path: P
             assert {answer.text for answer in answers} == {f"cell {zlib.crc32(user.encode()) % 2}"}
 
 
-class Answering:
-    """An HTTP server that gives all requests one answer."""
+class Serving:
+    """An HTTP server on a port of this machine, with this handler."""
 
-    def __init__(self, text: str) -> None:
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(text)))
-                self.end_headers()
-                self.wfile.write(text.encode())
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    def __init__(self, handler: type[http.server.BaseHTTPRequestHandler]) -> None:
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.port = self._server.server_address[1]
 
     def __enter__(self) -> Self:
@@ -494,3 +518,18 @@ class Answering:
         self._server.shutdown()
         self._server.server_close()
         self._greenlet.join(5)
+
+
+class Answering(http.server.BaseHTTPRequestHandler):
+    """Gives all GET requests one answer."""
+
+    text = "ok"
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.text)))
+        self.end_headers()
+        self.wfile.write(self.text.encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass

@@ -57,12 +57,13 @@ def changed(name: str, changes: Mapping[str, str]) -> str:
 
 
 class Machine:
-    """A network namespace with one or more addresses on the bridge. Commands run in it behind `prefix`."""
+    """A network namespace with one or more addresses on the bridge. Commands run in it behind `prefix`. Without a
+    `space` it is this machine as it is."""
 
     def __init__(self, space: str, link: str, addresses: Sequence[str]) -> None:
         self.address = addresses[0]
         self.addresses = list(addresses)
-        self.prefix = ["ip", "netns", "exec", space]
+        self.prefix = ["ip", "netns", "exec", space] if space else []
         self._space = space
         self._link = link
 
@@ -131,11 +132,13 @@ def _free_subnet() -> str:
 
 class Balancer:
     """HAProxy on a machine, with the shipped configuration but for addresses, paths and TLS, and quicker to take a
-    machine for dead."""
+    machine for dead. port: of the front machines; listen: its own."""
 
-    def __init__(self, directory: Path, machine: Machine, fronts: Sequence[Machine], port: int = PORT) -> None:
+    def __init__(self, directory: Path, machine: Machine, fronts: Sequence[Machine], port: int = PORT,
+                 listen: int = 80) -> None:
         self.directory = directory
-        self.url = f"http://{machine.address}"
+        self.url = f"http://{machine.address}:{listen}"
+        self._listen = listen
         self._machine = machine
         self._fronts = fronts
         self._port = port
@@ -145,7 +148,8 @@ class Balancer:
         first, second = self._machine.addresses
         servers = {f"{old}:8000": f"{new.address}:{self._port}" for old, new in zip(FRONTS, self._fronts, strict=True)}
         return {
-            "bind :::443 v4v6 ssl crt /etc/haproxy/certs/push.example.com.pem alpn h2,http/1.1": f"bind {first}:80",
+            "bind :::443 v4v6 ssl crt /etc/haproxy/certs/push.example.com.pem alpn h2,http/1.1":
+                f"bind {first}:{self._listen}",
             "bind :::80 v4v6": "",
             "http-request redirect scheme https code 308 unless { ssl_fc }": "",
             "chroot /var/lib/haproxy": "",
