@@ -6,11 +6,11 @@ import http.client
 import http.server
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -40,7 +40,7 @@ from tests.support.machines import (
     program,
 )
 from tests.support.reader import Message
-from tests.support.server import free_port
+from tests.support.server import ROOT, free_port
 from tests.support.wait import eventually
 from tests.test_chat_replay import LOG, TOPIC, Line, Oracle, Publishers, Reader, chat
 
@@ -481,9 +481,14 @@ def memory(*options: str) -> list[dict[str, Any]]:
     return found
 
 
-def test_a_user_goes_to_the_cell_of_his_number_wherever_his_token_is(tmp_path: Path) -> None:
+KEY = "a key of the tests that has more than 32 bytes"
+
+
+@pytest.fixture(scope="module")
+def cells_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Of a HAProxy before two cells, each of which answers with its name."""
     cells, port = [Serving(type("Cell", (Answering,), {"text": f"cell {number}"})) for number in range(2)], free_port()
-    config = tmp_path / "cells.cfg"
+    config = tmp_path_factory.mktemp("cells") / "cells.cfg"
     ports = {f"10.0.{cell}.1{front}:8000": f"127.0.0.1:{cells[cell].port}" for cell in (0, 1) for front in (1, 2)}
     config.write_text(changed("cells.cfg", ports | {"127.0.0.1:8080": f"127.0.0.1:{port}"}))
     with contextlib.ExitStack() as stack:
@@ -494,13 +499,46 @@ def test_a_user_goes_to_the_cell_of_his_number_wherever_his_token_is(tmp_path: P
         stack.callback(process.kill)
         url = f"http://127.0.0.1:{port}/events?topic=a"
         eventually(lambda: request("GET", url).status == 401, message="haproxy refuses who has no token")
-        for number in range(20):
-            user = f"user-{number}"
-            token = jwt.encode({"sub": user}, "a key of the tests that has more than 32 bytes")
-            answers = [request("GET", url, headers={"Authorization": f"Bearer {token}"}),
-                       request("GET", f"{url}&access_token={token}"),
-                       request("GET", url, headers={"Cookie": f"other=1; pushsvc_token={token}"})]
-            assert {answer.text for answer in answers} == {f"cell {zlib.crc32(user.encode()) % 2}"}
+        yield url
+
+
+@pytest.fixture(scope="module")
+def cell_of() -> Callable[[str], int]:
+    """The function of that name in docs/machines.md: where the application publishes to a user."""
+    page = (ROOT / "docs" / "machines.md").read_text()
+    code, = [block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "def cell_of" in block]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    return names["cell_of"]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("user", [*(f"user-{number}" for number in range(20)), "a/b", 'say "hi"', "back\\slash", "~ %s"])
+def test_a_user_goes_to_the_cell_of_his_number_wherever_his_token_is(
+        user: str, cells_url: str, cell_of: Callable[[str], int]) -> None:
+    token, other = (jwt.encode({"sub": name}, KEY) for name in (user, user + "x"))
+    cookie = {"Cookie": f"pushsvc_token={other}"}
+    answers = [request("GET", cells_url, headers={"Authorization": f"Bearer {token}"} | cookie),
+               request("GET", f"{cells_url}&access_token={token}", headers=cookie),
+               request("GET", cells_url, headers={"Cookie": f"other=1; pushsvc_token={token}"})]
+    assert [answer.text for answer in answers] == [f"cell {cell_of(user)}"] * 3
+
+
+@pytest.mark.parametrize("escaped", [True, False])
+@pytest.mark.parametrize("user", ["josé", "Zoë", "Łukasz", "Ж", "李", "\N{GRINNING FACE}", "tab\t", "end\n", "nul\0", ""])
+def test_a_user_whose_name_is_not_plain_ascii_is_refused_by_both_sides(
+        user: str, escaped: bool, cells_url: str, cell_of: Callable[[str], int]) -> None:
+    payload = json.dumps({"sub": user}, ensure_ascii=escaped).encode()
+    token = jwt.PyJWS().encode(payload, KEY)
+    for headers in ({"Authorization": f"Bearer {token}"}, {"Cookie": f"pushsvc_token={token}"}):
+        answer = request("GET", cells_url, headers=headers)
+        assert (answer.status, answer.headers["content-type"]) == (400, "application/problem+json")
+        assert "ASCII" in answer.json()["detail"]
+    with pytest.raises(ValueError, match="ASCII"):
+        cell_of(user)
+
+
+def test_a_preflight_is_answered_by_a_cell(cells_url: str) -> None:
+    assert request("OPTIONS", cells_url).text == "cell 0"
 
 
 class Serving:
@@ -521,7 +559,7 @@ class Serving:
 
 
 class Answering(http.server.BaseHTTPRequestHandler):
-    """Gives all GET requests one answer."""
+    """Gives all requests one answer."""
 
     text = "ok"
 
@@ -530,6 +568,8 @@ class Answering(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(self.text)))
         self.end_headers()
         self.wfile.write(self.text.encode())
+
+    do_OPTIONS = do_GET
 
     def log_message(self, format: str, *args: object) -> None:
         pass
