@@ -26,6 +26,7 @@ from tests.support.fire import seq_of
 from tests.support.machines import (
     PASSWORD,
     PATIENCE,
+    REDIS_PASSWORD,
     SHIPPED,
     Balancer,
     Fronts,
@@ -460,6 +461,32 @@ def knows_all(sentinel: Sentinel) -> bool:
     with contextlib.closing(sentinel.client()) as client:
         master = client.sentinel_master("mymaster")
     return (master["num-slaves"], master["num-other-sentinels"]) == (1, 2)
+
+
+def test_the_commands_of_the_runbook_for_redis_work_as_written(machines: dict[str, Machine], tmp_path: Path) -> None:
+    """On machines that have no Redis otherwise, at the addresses that these have here."""
+    master, other = machines["front2"], machines["front3"]
+    page = (ROOT / "docs" / "machines.md").read_text()
+    commands = re.findall(r"\bredis-cli [^`\n]+", page)
+    assert len(commands) == page.count("redis-cli") > 3
+    with Log(tmp_path / "master", master) as log, \
+            Log(tmp_path / "replica", other, args=["--replicaof", f"{log.host} {log.port}"]) as replica, \
+            Sentinel(tmp_path / "sentinel", other, log) as sentinel:
+        with contextlib.closing(replica.client()) as client:
+            eventually(lambda: client.info("replication")["master_link_status"] == "up", PATIENCE)
+        for command in sorted(commands, key=lambda each: "FAILOVER" in each):  # when the Sentinel knows the replica
+            here = command.replace("10.0.0.21", log.host).replace("10.0.0.31", sentinel.host)
+            eventually(lambda here=here: succeeds(here, machines["proxy"]), PATIENCE, message=f"{command} works")
+        with contextlib.closing(replica.client()) as client:
+            eventually(lambda: client.info("replication")["role"] == "master", PATIENCE)
+
+
+def succeeds(command: str, machine: Machine) -> bool:
+    """Whether redis-cli has an answer that is no error, and nothing to complain of."""
+    words = [*machine.prefix, program("redis-cli"), "-e", *command.split()[1:]]
+    password = PASSWORD if "--user pushsvc" in command else REDIS_PASSWORD
+    done = subprocess.run(words, input=f"{password}\n", capture_output=True, text=True, timeout=20)
+    return done.returncode == 0 and bool(done.stdout) and not done.stderr
 
 
 # --- What is shipped beside the configurations -----------------------------------------------------------

@@ -190,8 +190,7 @@ class Log(Redis):
 
     def __init__(self, directory: Path, machine: Machine, *, args: Sequence[str] = ()) -> None:
         self._config = directory / "redis.conf"
-        super().__init__(directory, host=machine.address, port=REDIS_PORT, prefix=machine.prefix, durable=True,
-                         args=["--include", str(self._config), *args])
+        super().__init__(directory, host=machine.address, port=REDIS_PORT, prefix=machine.prefix, durable=True, args=args)
 
     @property
     def url(self) -> str:
@@ -204,6 +203,9 @@ class Log(Redis):
         self.directory.mkdir(parents=True, exist_ok=True)
         self._config.write_text(changed("redis.conf", {"10.0.0.21": self.host, "/var/lib/redis": str(self.directory)}))
         super().start(wait)
+
+    def _options(self) -> list[str]:
+        return [str(self._config), *super()._options()]
 
     def forget(self) -> None:
         """Its data is gone, as with its disk. It must not run."""
