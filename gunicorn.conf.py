@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from gunicorn.glogging import Logger
 
 from pushsvc import log
-from pushsvc.bind import check_bind, is_loopback
+from pushsvc.bind import check_bind
 from pushsvc.errors import PushError
 from pushsvc.settings import REDIS, Settings, workers_asked
 
@@ -110,7 +110,7 @@ def when_ready(server):
     address = next((each for each in server.address if isinstance(each, tuple)), None)
     if address is None:
         return
-    host = address[0] if is_loopback(address[0]) else "127.0.0.1"
+    host = "127.0.0.1" if address[0] in ("", "0.0.0.0", "::") else address[0]
     url = f"http://{f'[{host}]' if ':' in host else host}:{address[1]}"
     token = ' -H "Authorization: Bearer $TOKEN"' if settings.jwt_key else ""
     print(f"""

@@ -92,6 +92,11 @@ def test_what_is_published_on_any_machine_comes_from_all_in_one_order(fronts: Fr
         stream.close()
 
 
+def test_a_machine_says_where_it_listens(fronts: Fronts) -> None:
+    for server in fronts.servers:
+        assert f"pushsvc listens on {server.url}\n" in server.log()
+
+
 def test_a_stream_resumes_on_another_machine(fronts: Fronts) -> None:
     first, second, third = (server.url for server in fronts.servers)
     with Stream(first, "resume").opened() as stream:
