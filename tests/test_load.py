@@ -5,15 +5,19 @@ import io
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Iterator
 from math import inf
 from pathlib import Path
 from posix import close as close_descriptor  # gevent's waits for its loop
+from socket import MSG_PEEK
 from typing import Any
+from unittest.mock import MagicMock
 
 import gevent
 import pytest
@@ -41,6 +45,7 @@ from load.dark import told as dark_told
 from load.figures import differences, figures
 from load.metrics import version_said
 from load.ramp import Climb, Usage, broken, limits_of, told
+from load.readers import Readers
 from load.recording import read_recording
 from load.report import page
 from load.shape import Event, Shape, ShapeError, Stream, expanded, read_shape, write_shape
@@ -550,8 +555,21 @@ class Stalling(Faulty):
             super()._publish(event)
 
 
+class Refusing(Faulty):
+    """Has no place for every other client."""
+
+    def _serve(self, connection: Socket, address: tuple[Any, ...]) -> None:
+        if b"GET /events" in connection.recv(65536, MSG_PEEK):
+            self._asked += 1
+            if self._asked % 2:
+                connection.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
+                return
+        super()._serve(connection, address)
+
+
 STALL = 1.0
-FAULTS = {"none": Faulty, "lost": Losing, "doubled": Faulty, "reordered": Reordering, "stray": Faulty, "stale": Faulty}
+FAULTS = {"none": Faulty, "lost": Losing, "doubled": Faulty, "reordered": Reordering, "stray": Faulty, "stale": Faulty,
+          "unopened": Refusing}
 
 
 @pytest.fixture(scope="module")
@@ -585,6 +603,23 @@ def test_replay_detects_a_server_that_breaks_a_promise(fault: str, verdicts: dic
 
     assert wrong == {fault}
     assert verdicts[fault]["code"] == 1
+
+
+def test_stream_that_is_ended_before_it_has_opened_is_counted_if_it_was_due_for_some_seconds(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
+    monkeypatch.setattr("select.epoll", MagicMock, raising=False)  # gevent has taken it away
+    ends = (4.0, 6.0, None)
+    shape = Shape(9.0, tuple(Stream(0.5, end, number, (1,)) for number, end in enumerate(ends)), (), "test")
+    readers = Readers(shape, lambda _: True, FORMS["pushsvc"](), Target("127.0.0.1", 1, ""), "", 0.0, -1)
+
+    readers.begin(time.monotonic() - 9.0)  # all is due at once, so that nothing was asked for yet
+    readers.work()
+
+    assert readers.verdict(0.4, [], [])["unopened"] == 1, "when the end was asked for, the last was not due"
+    assert readers.verdict(9.0, [], [])["unopened"] == 2
+    assert not readers.is_caught_up(9.0, set())
+    readers.close()
 
 
 def test_latency_counts_from_when_an_event_was_due_though_the_server_holds_up_the_sender(tmp_path: Path) -> None:
@@ -692,7 +727,7 @@ def test_replay_against_the_service_is_complete_and_in_order_through_forced_reco
     assert found["totals"]["published"] == 400
     assert found["totals"]["received"] > 4000
     assert {name: count for name, count in found["wrong"].items() if name != "received"} == {
-        "lost": 0, "overdue": 0, "replaced": 0, "doubled": 0, "reordered": 0, "stray": 0, "stale": 0}
+        "unopened": 0, "lost": 0, "overdue": 0, "replaced": 0, "doubled": 0, "reordered": 0, "stray": 0, "stale": 0}
     assert sum(count for _, count in found["histogram"]) == found["totals"]["received"]
     assert sum(second["received"] for second in found["seconds"]) == found["totals"]["received"]
     assert found["server_cpu_seconds"] > 0

@@ -41,7 +41,7 @@ OK, BROKEN, CANNOT, INTERRUPTED = 0, 1, 2, 130
 KNOCK_SECONDS = 5.0
 EPILOG = """exit codes:
   0  done, and what was asked for holds
-  1  it does not hold: events lost, doubled or out of order, an objective broken, shapes that differ
+  1  it does not hold: streams not opened, events lost, doubled or out of order, an objective broken, shapes that differ
   2  it cannot be done: a wrong argument or file, no server, a dark test that no page has joined
   130  broken off by Ctrl-C; a replay writes what it has, and a second Ctrl-C ends it at once
 """
@@ -170,7 +170,7 @@ def _add_replay(commands: Any) -> None:
                         help="break each stream every so many seconds on average; it resumes (0: never)")
     parser.add_argument("--readers", type=whole(1), default=2, help="processes that read, at least (%(default)s)")
     parser.add_argument("--settle", type=not_negative, default=15.0, metavar="SECONDS",
-                        help="how long the last events may take (%(default)g)")
+                        help="how long the last events and streams may take (%(default)g)")
     parser.add_argument("--p99", type=positive, metavar="MS",
                         help="an objective: exit code 1 if the p99 latency is above")
     _add_output(parser)

@@ -31,7 +31,7 @@ from load.verify import Book, Tally, Times, Track, behind
 from load.wire import Read, WireError, read
 
 CACHE = 8192
-GRACE_SECONDS = 5.0  # what was due so shortly before a stream was ended may be on its way
+GRACE_SECONDS = 5.0  # what was due so shortly before a stream was ended may be on its way, and so may the stream itself
 LEAST_SECONDS = 0.001  # every stream is opened before it is ended
 RETRY_SECONDS = 3.0  # an EventSource without a `retry:`
 LOOK_SECONDS = 0.2  # between two looks whether all has come
@@ -42,20 +42,26 @@ CLOSE_IT, OPEN_IT, COME_BACK, BREAK_IT = range(4)  # at the same time, an end go
 
 @dataclass(slots=True)
 class Session:
-    """One stream of the shape. fd: -1 while it has none. due: from when on it should be open. chunked: None until its
-    head has come. text, raw: what is left of the last read. alive: between its opening and its end."""
+    """One stream of the shape. fd: -1 while it has none. due: from when on it should be open; wanted: from when on its
+    client asks for it, which waits first where the server has ended it. chunked: None until its head has come. text, raw:
+    what is left of the last read. alive: between its opening and its end."""
 
     stream: Stream
     track: Track | None = None
     last_id: bytes = b""
     fd: int = -1
     due: float = 0.0
+    wanted: float = 0.0
     retry: float = RETRY_SECONDS
     chunked: bool | None = None
     text: bytes = b""
     raw: bytes = b""
     alive: bool = False
     waiting: bool = False
+
+    def is_without_stream(self, since: float) -> bool:
+        """Whether it has had none since it was wanted, which was by then."""
+        return self.alive and self.wanted <= since and (self.fd < 0 or self.chunked is None)
 
 
 @dataclass(slots=True)
@@ -99,6 +105,7 @@ class Readers(Swarm):
         self._reads: tuple[dict[bytes, Read], dict[bytes, Read]] = ({}, {})
         self._chance = random.Random(1)
         self._begun = 0.0
+        self._unopened = 0
 
     # -- time
 
@@ -133,7 +140,7 @@ class Readers(Swarm):
         if session.stream.resumed:
             self._take_over(session)
         self._latest[_key(session)] = session
-        session.due = at
+        session.due = session.wanted = at
         self._wait(number)
 
     def _back(self, number: int, at: float) -> None:
@@ -167,6 +174,7 @@ class Readers(Swarm):
 
     def _end(self, number: int, at: float) -> None:
         session = self._sessions[number]
+        self._unopened += session.is_without_stream(at - GRACE_SECONDS)
         session.alive = False
         if session.fd >= 0:
             self._drop(session.fd)
@@ -177,7 +185,7 @@ class Readers(Swarm):
         session = self._sessions[number]
         if session.alive and session.fd >= 0:
             self._drop(session.fd)
-            session.due = self.now()
+            session.due = session.wanted = self.now()
             self._wait(number)
 
     def _come_back(self, session: Session, number: int, seconds: float) -> None:
@@ -290,6 +298,7 @@ class Readers(Swarm):
         number, session = self._number[fd], self._by_fd[fd]
         self.tick.errors[how] += 1
         session.due = self.now()
+        session.wanted = session.due + session.retry
         self._drop(fd)
         self._come_back(session, number, session.retry)
 
@@ -301,19 +310,24 @@ class Readers(Swarm):
 
     # -- the end
 
-    def is_caught_up(self, until: float, failed: set[int]) -> bool:
-        """Whether all that live streams wait for has come, but for `failed`, what was never published."""
+    def is_caught_up(self, asked: float, failed: set[int]) -> bool:
+        """Whether all streams are open that were wanted when the end was asked for, and all that live ones wait for has
+        come, but for `failed`, what was never published."""
         for session in self._sessions:
+            if session.is_without_stream(asked):
+                return False
             if session.alive and session.track is not None:
                 order = session.track.expected.order
-                for lane, start, stop in behind(session.track, until):
+                for lane, start, stop in behind(session.track, inf):
                     if not failed.issuperset(order[lane][start:stop]):
                         return False
         return True
 
-    def verdict(self, sent: Times, acknowledged: Times) -> dict[str, Any]:
-        """What went wrong, all in all. sent, acknowledged: when each event was, seconds; None if it was not."""
+    def verdict(self, asked: float, sent: Times, acknowledged: Times) -> dict[str, Any]:
+        """What went wrong, all in all. asked: when the end was asked for. sent, acknowledged: when each event was,
+        seconds; None if it was not."""
         tally = self.tally
+        unopened = self._unopened + sum(session.is_without_stream(asked) for session in self._sessions)
         for session in self._sessions:
             if session.alive and session.track is not None:
                 tally.finish(session.track, inf, sent, acknowledged)
@@ -323,9 +337,10 @@ class Readers(Swarm):
         lost = {number: count for number, count in tally.lost.items() if acknowledged[number] is not None}
         replaced = sum(count for number, count in lost.items() if self._events[number].keep != "all")
         overdue = sum(count for number, count in tally.overdue.items() if self._events[number].keep == "all")
-        return {"received": tally.received, "lost": sum(lost.values()) - replaced, "overdue": overdue,
-                "replaced": replaced, "doubled": tally.doubled, "reordered": tally.reordered(sent, acknowledged),
-                "stray": tally.stray, "stale": tally.stale(acknowledged)}
+        return {"received": tally.received, "unopened": unopened, "lost": sum(lost.values()) - replaced,
+                "overdue": overdue, "replaced": replaced, "doubled": tally.doubled,
+                "reordered": tally.reordered(sent, acknowledged), "stray": tally.stray,
+                "stale": tally.stale(acknowledged)}
 
     def take_tick(self) -> dict[str, Any]:
         tick, self.tick = self.tick, Tick()
@@ -377,6 +392,7 @@ def main() -> None:
 def follow(readers: Readers, commands: Any) -> None:
     """Until the verdict is told, or nobody listens any more."""
     finish: dict[str, Any] | None = None
+    asked = 0.0
     failed: set[int] = set()
     second, looked = 0, 0.0
     while True:
@@ -390,11 +406,11 @@ def follow(readers: Readers, commands: Any) -> None:
             line = commands.readline()
             if not line:
                 return
-            finish = json.loads(line)
+            finish, asked = json.loads(line), readers.now()
             failed = {number for number, at in enumerate(finish["acknowledged"]) if at is None}
         if finish and now - looked >= LOOK_SECONDS:
             looked = now
-            if now >= finish["by"] or readers.is_caught_up(inf, failed):
+            if now >= finish["by"] or readers.is_caught_up(asked, failed):
                 say({"tick": readers.take_tick(), "second": second})
-                say({"verdict": readers.verdict(finish["sent"], finish["acknowledged"])})
+                say({"verdict": readers.verdict(asked, finish["sent"], finish["acknowledged"])})
                 return

@@ -33,7 +33,7 @@ Times = list[float | None]
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What to replay, and where. spread: see `expanded`. breaks: after how many seconds, on average, each stream is
-    broken and resumed; 0: never. processes: of readers. settle: how long the last events may take, seconds.
+    broken and resumed; 0: never. processes: of readers. settle: how long the last events and streams may take, seconds.
     sources: addresses of this machine that the streams come from, separated by commas; "": see `fleet.sources`."""
 
     shape: Path
@@ -208,8 +208,9 @@ def _found(plan: Plan, shape: Shape, log: Log, processes: int, pids: list[int], 
 
 
 def verdict_of(wrong: Counter[str], totals: Found) -> dict[str, bool]:
-    """complete: every stream got every event that was acknowledged. ordered: each once, in order, and none of others."""
-    return {"complete": wrong["lost"] + wrong["overdue"] == 0 and totals["received"] > 0,
+    """complete: every stream opened, and got every event that was acknowledged. ordered: each once, in order, and none of
+    others."""
+    return {"complete": not any(wrong[name] for name in ("unopened", "lost", "overdue")) and totals["received"] > 0,
             "ordered": not any(wrong[name] for name in ("doubled", "reordered", "stray", "stale")),
             "published": totals["failed"] == 0}
 

@@ -67,12 +67,12 @@ def _replays(results: Sequence[Found]) -> str:
     names = _names(results)
     verdicts = [("ran to its end", [VERDICT[each.get("interrupted") is None] for each in results])]
     verdicts += [(text, [VERDICT[each["verdict"][key]] for each in results]) for key, text in (
-        ("complete", "every stream got every event"), ("ordered", "once and in order"),
+        ("complete", "every stream opened and got every event"), ("ordered", "once and in order"),
         ("published", "every publish was acknowledged"))]
     rows: list[tuple[str, list[Any]]] = [*verdicts, *(_row(results, text, *path) for text, path in (
         ("streams", ("totals", "streams")), ("streams opened, reconnects too", ("totals", "opened")),
-        ("resumed with an id", ("totals", "resumed")), ("events", ("totals", "events")),
-        ("deliveries", ("totals", "received")), ("lost", ("wrong", "lost")),
+        ("resumed with an id", ("totals", "resumed")), ("not open when due", ("wrong", "unopened")),
+        ("events", ("totals", "events")), ("deliveries", ("totals", "received")), ("lost", ("wrong", "lost")),
         ("overdue by 5 s when a stream ended", ("wrong", "overdue")), ("doubled", ("wrong", "doubled")),
         ("out of order", ("wrong", "reordered")), ("of other topics", ("wrong", "stray")),
         ("from before", ("wrong", "stale")), ("replaced (keep latest or none)", ("wrong", "replaced")),
