@@ -31,6 +31,7 @@ from tests.support.client import request
 from tests.support.programs import missing, program
 from tests.support.server import ROOT, Server
 from tests.support.wait import eventually
+from tests.test_access import SECRET, token
 from tests.test_console import start_browser  # noqa: F401
 
 sys.path += [str(ROOT / "ops"), str(ROOT / "ops" / "bench")]
@@ -1076,6 +1077,14 @@ def test_ramp_raises_the_rate_and_keeps_the_streams(tmp_path: Path) -> None:
     assert [(level["rate"], level["open"], level["lost"]) for level in found["levels"]] == [(20, 20, 0), (40, 20, 0)]
     assert all(level["p99_ms"] > 0 for level in found["levels"])
     assert (found["held"], found["verdict_text"]) == (40, "holds at 40 rate")
+
+
+def test_ramp_of_a_service_that_has_a_key_has_its_token(tmp_path: Path) -> None:
+    with Server(tmp_path / "server", workers=1, env={"PUSHSVC_JWT_KEY": SECRET}) as server:
+        done = load("ramp", "--url", server.url, "--step", 4, "--most", 4, "--hold", 0.2, "--p99", 10_000,
+                    "--token", token())
+
+    assert done.returncode == 0, done.stdout
 
 
 LEVEL = {"publish": "", "failed": 0, "ended": 0, "lost": 0, "p99_ms": 5.0, "busiest": 0.1, "client_busiest": 0.1,

@@ -84,6 +84,7 @@ def resolved(host: str, port: int) -> tuple[int, Any]:
 class Target:
     """Where stream k goes: `{}` in the path is k, or k modulo `modulo` if that is given. again: a stream that fails or
     is ended by the server is opened again. source: where from, several addresses separated by commas: they take turns.
+    token: sent as a bearer token.
     """
 
     host: str
@@ -92,11 +93,13 @@ class Target:
     source: str = ""
     modulo: int = 0
     again: bool = False
+    token: str = ""
 
     def request(self, number: int) -> bytes:
         path = self.path.replace("{}", str(number % self.modulo if self.modulo else number))
-        return (f"GET {path} HTTP/1.1\r\nHost: {authority(self.host, self.port)}\r\nAccept: text/event-stream\r\n\r\n"
-                ).encode()
+        authorization = f"Authorization: Bearer {self.token}\r\n" if self.token else ""
+        return (f"GET {path} HTTP/1.1\r\nHost: {authority(self.host, self.port)}\r\nAccept: text/event-stream\r\n"
+                f"{authorization}\r\n").encode()
 
 
 class Swarm:

@@ -194,7 +194,7 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--url", default="http://127.0.0.1:8000", help="the server (%(default)s)")
     where.add_argument("--start", choices=sorted(FORMS), help="start this server for the run")
     parser.add_argument("--server", choices=sorted(FORMS), default="pushsvc", help="which kind it is (%(default)s)")
-    parser.add_argument("--token", default="", help="sent as a bearer token")
+    parser.add_argument("--token", default="", help="sent as a bearer token, by streams and publishes")
     parser.add_argument("--pids", type=pids, default="",
                         help="its processes on this machine (default: those that have its port)")
     parser.add_argument("--sources", type=source_addresses, default="", metavar="ADDRESS,...",

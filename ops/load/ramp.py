@@ -143,11 +143,11 @@ class Ramp:
         self._progress.hint(f"{level} of {climb.most} {climb.raise_}: {text}", level - climb.step, climb.most)
 
     def _usage(self) -> Usage:
-        return Usage(kernel_counters(), scraped(self._host, self._port, "pushsvc_evicted_total"))
+        return Usage(kernel_counters(), scraped(self._host, self._port, "pushsvc_evicted_total", self._form.token))
 
     def _target(self) -> Target:
         path = self._form.path([f"{self._prefix}TOPIC"]).replace("TOPIC", "{}")
-        return Target(self._host, self._port, path, self._climb.sources, self._climb.topics)
+        return Target(self._host, self._port, path, self._climb.sources, self._climb.topics, token=self._form.token)
 
     def _publish(self, rate: float) -> float:
         """Events for the time of a level; by how many seconds the latest was sent late."""

@@ -24,6 +24,7 @@ class Form(ABC):
     name = ""
 
     def __init__(self, token: str = "") -> None:
+        self.token = token
         self._authorization = f"Authorization: Bearer {token}\r\n" if token else ""
 
     @abstractmethod
