@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from math import inf
 from pathlib import Path
 from posix import close as close_descriptor  # gevent's waits for its loop
-from socket import MSG_PEEK
+from socket import MSG_PEEK, SHUT_RDWR
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -1064,7 +1064,7 @@ def test_ramp_stops_at_the_objective_and_names_the_limit(tmp_path: Path) -> None
     assert done.returncode == 1
     assert [level["streams"] for level in found["levels"]] == [100, 200]
     assert found["held"] == 100
-    assert "max_streams" in found["limits"][0]
+    assert found["limits"][0].startswith("the server's own bound: it has told 50 streams to come back later (max_streams")
 
 
 def test_ramp_raises_the_rate_and_keeps_the_streams(tmp_path: Path) -> None:
@@ -1115,7 +1115,6 @@ LIMITS = {
     "own descriptors": ({}, {}, {"EMFILE": 3}, None, "the client's descriptors"),
     "backlog": ({}, {"TcpExt.ListenOverflows": 2}, {}, None, "the accept queue"),
     "descriptors": ({}, {}, {}, 5, "the server's descriptors"),
-    "refusals": ({"ended": 4}, {}, {}, None, "the server's own bound"),
     "processor": ({"busiest": 0.97}, {}, {}, None, "the server's processor"),
     "all processors": ({"machine": 0.98}, {}, {}, None, "the machine's processors"),
     "own processor": ({"client_busiest": 0.97}, {}, {}, None, "the client's own processor"),
@@ -1130,6 +1129,50 @@ def test_limit_is_named_by_what_was_met(
     [limit] = limits_of(LEVEL | level, Usage(kernel, {}), errors, descriptors, 0.5, True)
 
     assert limit.startswith(said)
+
+
+ENDED = {
+    "its bound": ({}, 4.0, True, ["the server's own bound: it has told 4 streams to come back later"]),
+    "slow clients": ({"slow": 4.0, "gone": 9.0}, 0.0, True, ["slow clients: the server has ended 4 streams as slow"]),
+    "another reason": ({"drain": 4.0}, 0.0, True, ["the server has ended 4 streams: drain"]),
+    "none that it says": ({"slow": 1.0}, 0.0, True, ["slow clients: the server has ended 1 streams as slow",
+                                                    "the server ended 3 streams and does not say why"]),
+    "it is dead": ({}, 0.0, False, ["the server no longer answers, and 4 streams have ended"]),
+}
+
+
+@pytest.mark.parametrize(("evicted", "refused", "answers", "said"), ENDED.values(), ids=ENDED)
+def test_ramp_says_why_streams_have_ended_only_if_the_server_does(
+        evicted: dict[str, float], refused: float, answers: bool, said: list[str]) -> None:
+    spent = Usage({}, evicted, refused, answers)
+
+    limits = limits_of(LEVEL | {"ended": 4}, spent, {}, None, 0.5, True)
+
+    assert [limit.partition(" (")[0] for limit in limits] == said
+
+
+class Ending(Faulty):
+    """Ends all streams at the first event, and is no longer there if that is its fault."""
+
+    def _publish(self, event: dict[str, Any]) -> None:
+        if self._fault == "dead":
+            self._server.close()
+        for _, connection in self._streams:
+            connection.shutdown(SHUT_RDWR)
+        self._streams.clear()
+
+
+@pytest.mark.parametrize(("fault", "said"), [
+    ("dead", "the server no longer answers, and 8 streams have ended"),
+    ("none", "the server ended 8 streams and does not say why")], ids=["dead", "alive"])
+def test_ramp_whose_streams_are_ended_says_whether_the_server_is_still_there(fault: str, said: str) -> None:
+    server = Ending(fault)
+    try:
+        done = load("ramp", "--url", server.url, "--step", 8, "--most", 8, "--hold", 0.2, "--json")
+    finally:
+        server.stop()
+
+    assert (done.returncode, json.loads(done.stdout)["limits"][0]) == (1, said)
 
 
 def test_ramp_whose_first_step_breaks_the_objective_says_so_and_what_was_measured() -> None:

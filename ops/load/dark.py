@@ -21,12 +21,11 @@ from publisher import Publisher, PublishError, mark, post
 from swarm import Target, authority
 from terminal import Progress
 
-from load.metrics import scraped
+from load.metrics import FRESH_SECONDS, scraped
 
 ORDER = "pushsvc-dark"
 PROBE_SECONDS = 0.1
 LOOK_SECONDS = 0.5
-METRICS_SECONDS = 1.5  # after so long /metrics has what is there: a worker counts once a second
 LEAST_EVENTS = 5  # before a p99 is judged
 ARRIVE_SECONDS = 2.0
 GOOD_SECONDS = 15  # how long an order holds unless it is given again; dark.js allows no more
@@ -93,7 +92,7 @@ class Dark:
         try:
             with Fleet(1) as fleet:
                 fleet.open(1, Target(self._canary.host, self._canary.port, f"/events?topic={self._probe}{self._query()}"))
-                time.sleep(METRICS_SECONDS)
+                time.sleep(FRESH_SECONDS)
                 self._before = self._streams()
                 for percent in self._test.percents:
                     levels.append(self._level(fleet, percent))

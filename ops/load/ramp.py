@@ -16,7 +16,7 @@ from publisher import Publisher, PublishError, mark, pace
 from swarm import Target
 from terminal import Progress
 
-from load.metrics import scraped
+from load.metrics import FRESH_SECONDS, metrics_said, values
 from load.shape import Event
 from load.targets import Form
 from load.watch import Watch, descriptors_left, kernel_counters
@@ -32,6 +32,7 @@ LITTLE_MEMORY = 0.05  # of all
 LEAST_AVAILABLE = 1 << 30  # bytes; below this the ramp stops, whatever was asked for
 UNSEEN = "no limit was met that can be seen from here"
 FIRST = f"{UNSEEN}: even the first step breaks the objective; a smaller --step or a higher objective tells more"
+SLOW, GONE = "slow", "gone"  # reasons of pushsvc_evicted_total; a client that has gone has ended its stream itself
 STREAMS, RATE = "streams", "rate"
 Found = dict[str, Any]
 
@@ -68,10 +69,18 @@ class Climb:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What was used up to a moment, or between two."""
+    """What was used up to a moment, or between two. evicted, refused: streams that the server has ended, by its reason,
+    and has told to come back later. answers: whether it does, at the end."""
 
     kernel: dict[str, int]
     evicted: dict[str, float]
+    refused: float = 0.0
+    answers: bool = True
+
+    def since(self, before: Usage) -> Usage:
+        return Usage({name: count - before.kernel[name] for name, count in self.kernel.items()},
+                     {reason: count - before.evicted.get(reason, 0) for reason, count in self.evicted.items()},
+                     max(0.0, self.refused - before.refused), self.answers)
 
 
 class Ramp:
@@ -123,8 +132,10 @@ class Ramp:
         expected = self._expected(rate, opened.open)
         seen = self._arrived(fleet, expected)
         self._errors = seen.errors
-        used, after = self._server.look(), self._usage()
-        client, took = self._client.look(), time.monotonic() - begun
+        used, client, took = self._server.look(), self._client.look(), time.monotonic() - begun
+        if seen.ended:
+            time.sleep(FRESH_SECONDS)
+        spent = self._usage().since(before)
         found: Found = {climb.raise_: level, "open": seen.open, **seen.latencies(), "failed": seen.failed,
                         "ended": seen.ended, "lost": max(0, expected - seen.events),
                         "sender_late_ms": round(late * 1e3, 1),
@@ -133,8 +144,6 @@ class Ramp:
                         "client_busiest": round(client["busiest"] / took, 2), "server_memory": int(used["memory"]),
                         "publish": self._refused}
         found["broken"] = broken(found, climb)
-        spent = Usage({name: after.kernel[name] - before.kernel[name] for name in after.kernel},
-                      {name: value - before.evicted.get(name, 0) for name, value in after.evicted.items()})
         return found, limits_of(found, spent, dict(self._errors), descriptors_left(self._pids), memory_left(),
                                 bool(found["broken"]))
 
@@ -143,7 +152,9 @@ class Ramp:
         self._progress.hint(f"{level} of {climb.most} {climb.raise_}: {text}", level - climb.step, climb.most)
 
     def _usage(self) -> Usage:
-        return Usage(kernel_counters(), scraped(self._host, self._port, "pushsvc_evicted_total", self._form.token))
+        said = metrics_said(self._host, self._port, self._form.token)
+        return Usage(kernel_counters(), values(said or "", "pushsvc_evicted_total"),
+                     sum(values(said or "", "pushsvc_streams_refused_total").values()), said is not None)
 
     def _target(self) -> Target:
         path = self._form.path([f"{self._prefix}TOPIC"]).replace("TOPIC", "{}")
@@ -225,16 +236,31 @@ def limits_of(found: Found, spent: Usage, errors: dict[str, int], descriptors: i
         limits.append(f"the SYN queue: {queue} found it full (net.ipv4.tcp_max_syn_backlog)")
     if descriptors is not None and descriptors < FEW_DESCRIPTORS:
         limits.append(f"the server's descriptors: a process has {descriptors} left (ulimit -n)")
-    if slow := int(spent.evicted.get("slow", 0)):
-        limits.append(f"slow clients: the server has ended {slow} streams as slow")
-    refused = found["ended"] - int(sum(spent.evicted.values()))
-    if found["ended"] and refused > 0:
-        limits.append(f"the server's own bound: it has told {refused} streams to come back later (max_streams)")
+    limits += _ended(found["ended"], spent)
     if statuses := sum(count for error, count in errors.items() if error.startswith("status")):
         limits.append(f"the server refused {statuses} streams: {', '.join(sorted(errors))}")
     if errors.get("ECONNREFUSED") or errors.get("ECONNRESET"):
         limits.append("the server refused or reset connections")
     return limits + _busy(found, spent, memory) or [UNSEEN]
+
+
+def _ended(ended: int, spent: Usage) -> list[str]:
+    """Why so many streams have ended, as far as the server says it."""
+    if not spent.answers:
+        return ["the server no longer answers" + (f", and {ended} streams have ended" if ended else "")]
+    if not ended:
+        return []
+    limits = []
+    reasons = {reason: int(count) for reason, count in spent.evicted.items() if count > 0 and reason != GONE}
+    if slow := reasons.get(SLOW):
+        limits.append(f"slow clients: the server has ended {slow} streams as slow")
+    if refused := int(spent.refused):
+        limits.append(f"the server's own bound: it has told {refused} streams to come back later (max_streams, "
+                      "descriptors or memory)")
+    limits += [f"the server has ended {count} streams: {reason}" for reason, count in reasons.items() if reason != SLOW]
+    if (unsaid := ended - refused - sum(reasons.values())) > 0:
+        limits.append(f"the server ended {unsaid} streams and does not say why")
+    return limits
 
 
 def _busy(found: Found, spent: Usage, memory: float) -> list[str]:
