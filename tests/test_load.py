@@ -11,6 +11,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections import Counter
 from collections.abc import Iterator
 from math import inf
 from pathlib import Path
@@ -46,7 +47,7 @@ from load.dark import told as dark_told
 from load.figures import differences, figures
 from load.metrics import version_said
 from load.ramp import Climb, Usage, broken, limits_of, told
-from load.readers import Readers
+from load.readers import Readers, places_of
 from load.recording import read_recording
 from load.report import page
 from load.shape import Event, Shape, ShapeError, Stream, expanded, read_shape, write_shape
@@ -606,13 +607,32 @@ def test_replay_detects_a_server_that_breaks_a_promise(fault: str, verdicts: dic
     assert verdicts[fault]["code"] == 1
 
 
+@pytest.mark.parametrize("resumed", [False, True], ids=["new", "resumed"])
+def test_streams_of_one_client_are_read_by_all_processes(resumed: bool) -> None:
+    places = places_of([Stream(number / 1000, None, 1, (1,), resumed) for number in range(1000)], 3)
+
+    assert min(Counter(places).values()) > 250
+    assert len(Counter(places)) == 3
+
+
+def test_stream_that_resumes_is_read_by_the_process_that_has_read_its_last_one() -> None:
+    first = [Stream(0.0, 1.0 + number, 1, (1 + number % 2,)) for number in range(6)]
+    again = [Stream(2.5 + number, None, 1, (2 - number % 2,), True) for number in range(6)]
+    beside = Stream(9.0, None, 1, (2,), True)  # before the end of the one before it was seen
+
+    places = places_of([*first, *again, beside], 2)
+
+    assert places[:6] == [0, 1, 0, 1, 0, 1]
+    assert places[6:] == [1, 0, 1, 0, 1, 0, 1]
+
+
 def test_stream_that_is_ended_before_it_has_opened_is_counted_if_it_was_due_for_some_seconds(
         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
     monkeypatch.setattr("select.epoll", MagicMock, raising=False)  # gevent has taken it away
     ends = (4.0, 6.0, None)
-    shape = Shape(9.0, tuple(Stream(0.5, end, number, (1,)) for number, end in enumerate(ends)), (), "test")
-    readers = Readers(shape, lambda _: True, FORMS["pushsvc"](), Target("127.0.0.1", 1, ""), "", 0.0, -1)
+    streams = [Stream(0.5, end, number, (1,)) for number, end in enumerate(ends)]
+    readers = Readers(streams, [], FORMS["pushsvc"](), Target("127.0.0.1", 1, ""), "", 0.0, -1)
 
     readers.begin(time.monotonic() - 9.0)  # all is due at once, so that nothing was asked for yet
     readers.work()

@@ -17,7 +17,7 @@ import resource
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
@@ -25,13 +25,14 @@ from typing import Any
 
 from swarm import AGAIN_SECONDS, BUCKETS_PER_E, IN_FLIGHT, READ, Swarm, Target, authority
 
-from load.shape import Shape, Stream, expanded, read_shape
+from load.shape import Event, Stream, expanded, read_shape
 from load.targets import FORMS, Form
 from load.verify import Book, Tally, Times, Track, behind
 from load.wire import Read, WireError, read
 
 CACHE = 8192
 GRACE_SECONDS = 5.0  # what was due so shortly before a stream was ended may be on its way, and so may the stream itself
+UNEVEN = 100  # streams that a process may have more than another, so that those of a client are together
 LEAST_SECONDS = 0.001  # every stream is opened before it is ended
 RETRY_SECONDS = 3.0  # an EventSource without a `retry:`
 LOOK_SECONDS = 0.2  # between two looks whether all has come
@@ -80,10 +81,10 @@ class Tick:
 
 
 class Readers(Swarm):
-    """The streams of one process. prefix: what the names of this replay's topics begin with. breaks: after how many
-    seconds, on average, a stream is broken and resumed; 0: never."""
+    """Some of the streams of a shape, in one process. prefix: what the names of this replay's topics begin with. breaks:
+    after how many seconds, on average, a stream is broken and resumed; 0: never."""
 
-    def __init__(self, shape: Shape, mine: Callable[[Stream], bool], form: Form, target: Target, prefix: str,
+    def __init__(self, streams: Iterable[Stream], events: Sequence[Event], form: Form, target: Target, prefix: str,
                  breaks: float, control: int) -> None:
         super().__init__(control)
         self.tick = Tick()
@@ -94,9 +95,9 @@ class Readers(Swarm):
         self._host = authority(target.host, target.port)
         self._prefix = prefix
         self._breaks = breaks
-        self._events = shape.events
-        self._book = Book(shape.events)
-        self._sessions = [Session(stream) for stream in shape.streams if mine(stream)]
+        self._events = events
+        self._book = Book(events)
+        self._sessions = [Session(stream) for stream in streams]
         self._by_fd: dict[int, Session] = {}
         self._left: dict[tuple[int, tuple[int, ...]], list[tuple[Session, float]]] = {}
         self._latest: dict[tuple[int, tuple[int, ...]], Session] = {}
@@ -112,12 +113,7 @@ class Readers(Swarm):
     def begin(self, at: float) -> None:
         """The replay begins at this time (monotonic, seconds)."""
         self._begun = at
-        for number, session in enumerate(self._sessions):
-            self._agenda.append((session.stream.opened, OPEN_IT, number))
-            if session.stream.closed is not None:
-                closed = max(session.stream.closed, session.stream.opened + LEAST_SECONDS)
-                self._agenda.append((closed, CLOSE_IT, number))
-        heapq.heapify(self._agenda)
+        self._agenda = agenda(session.stream for session in self._sessions)
 
     def now(self) -> float:
         return time.monotonic() - self._begun
@@ -139,7 +135,7 @@ class Readers(Swarm):
         session.alive = True
         if session.stream.resumed:
             self._take_over(session)
-        self._latest[_key(session)] = session
+        self._latest[_key(session.stream)] = session
         session.due = session.wanted = at
         self._wait(number)
 
@@ -151,10 +147,10 @@ class Readers(Swarm):
     def _take_over(self, session: Session) -> None:
         """A stream that resumes goes on where the last one of the same client and topics has ended, or, if none has,
         where another stands now."""
-        if left := self._left.get(_key(session)):
+        if left := self._left.get(_key(session.stream)):
             before, _ = left.pop()
             session.track, session.last_id = before.track, before.last_id
-        elif (other := self._latest.get(_key(session))) and other.alive and other.track and other.last_id:
+        elif (other := self._latest.get(_key(session.stream))) and other.alive and other.track and other.last_id:
             session.last_id = other.last_id
             session.track = replace(other.track, nexts=dict(other.track.nexts),
                                     begun=dict(other.track.begun), missing={})
@@ -179,7 +175,7 @@ class Readers(Swarm):
         if session.fd >= 0:
             self._drop(session.fd)
         if session.track is not None:
-            self._left.setdefault(_key(session), []).append((session, at))
+            self._left.setdefault(_key(session.stream), []).append((session, at))
 
     def _break(self, number: int, at: float) -> None:
         session = self._sessions[number]
@@ -350,8 +346,39 @@ class Readers(Swarm):
                 "errors": tick.errors, "open": self.open_count, "cpu": usage.ru_utime + usage.ru_stime}
 
 
-def _key(session: Session) -> tuple[int, tuple[int, ...]]:
-    return session.stream.client, session.stream.topics
+def agenda(streams: Iterable[Stream]) -> list[tuple[float, int, int]]:
+    """When each of these streams opens and ends, in order of time: seconds, what, number."""
+    found = []
+    for number, stream in enumerate(streams):
+        found.append((stream.opened, OPEN_IT, number))
+        if stream.closed is not None:
+            found.append((max(stream.closed, stream.opened + LEAST_SECONDS), CLOSE_IT, number))
+    return sorted(found)
+
+
+def places_of(streams: Sequence[Stream], places: int) -> list[int]:
+    """Which process has which stream: all have as many, but that a stream that resumes is where that one was whose place
+    it takes (see `_take_over`), or where another stands, unless that process has many more than the others."""
+    found, counts = [0] * len(streams), [0] * places
+    left: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+    latest: dict[tuple[int, tuple[int, ...]], int] = {}
+    for _, what, number in agenda(streams):
+        key = _key(streams[number])
+        if what == CLOSE_IT:
+            left.setdefault(key, []).append(number)
+            continue
+        place = counts.index(min(counts))
+        if streams[number].resumed and left.get(key):
+            place = found[left[key].pop()]
+        elif streams[number].resumed and key in latest and counts[found[latest[key]]] - counts[place] < UNEVEN:
+            place = found[latest[key]]
+        found[number], latest[key] = place, number
+        counts[place] += 1
+    return found
+
+
+def _key(stream: Stream) -> tuple[int, tuple[int, ...]]:
+    return stream.client, stream.topics
 
 
 def _bucket(seconds: float) -> int:
@@ -362,8 +389,10 @@ def made(order: dict[str, Any], control: int) -> Readers:
     """The readers of process `place` of `places`: what they are told first (see `main`)."""
     shape = expanded(read_shape(Path(order["shape"])), order["times"], order["speed"], order["spread"])
     target = Target(order["host"], order["port"], "", order["source"])
-    return Readers(shape, lambda stream: stream.client % order["places"] == order["place"],
-                   FORMS[order["form"]](order["token"]), target, order["prefix"], order["breaks"], control)
+    places = places_of(shape.streams, order["places"])
+    mine = (stream for stream, place in zip(shape.streams, places, strict=True) if place == order["place"])
+    return Readers(mine, shape.events, FORMS[order["form"]](order["token"]), target, order["prefix"], order["breaks"],
+                   control)
 
 
 def say(answer: dict[str, Any]) -> None:
