@@ -477,6 +477,7 @@ class Faulty:
         self._streams: list[tuple[set[str], Socket]] = []
         self._history: list[tuple[set[str], bytes]] = []
         self.sources: set[str] = set()
+        self.hosts: set[bytes] = set()
         self._server = StreamServer((host, 0), self._serve)
         self._server.start()
         self.url = f"http://{authority(host, self._server.server_port)}"
@@ -491,6 +492,7 @@ class Faulty:
             head, end, rest = data.partition(b"\r\n\r\n")
             if not end:
                 continue
+            self.hosts |= set(re.findall(rb"\r\nHost: (\S+)", head))
             if head.startswith(b"GET /metrics"):
                 connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
                 data = b""
@@ -705,14 +707,16 @@ def test_other_servers_are_spoken_to_as_they_want_it(name: str) -> None:
     path, (line, kind), header, body = SPOKEN[name]
     form, topics = FORMS[name]("abc"), ["a b", "c&d"]
 
-    head, _, rest = form.publish(topics, "x=1 &y", Event(0.0, (1, 2), 6, 4)).partition(b"\r\n\r\n")
+    head, _, rest = form.publish("host:1", topics, "x=1 &y", Event(0.0, (1, 2), 6, 4)).partition(b"\r\n\r\n")
     first, *headers = head.split(b"\r\n")
     assert first.decode() == line
-    assert {f"Content-Type: {kind}".encode(), f"Content-Length: {len(body)}".encode(), header} <= {*headers}
+    assert {b"Host: host:1", f"Content-Type: {kind}".encode(), f"Content-Length: {len(body)}".encode(), header} <= {
+        *headers}
     assert rest == body
     first, *headers = form.subscribe("host:1", topics, b"urn:7").split(b"\r\n")
     assert first.decode() == f"GET {path} HTTP/1.1"
-    assert {b"Accept: text/event-stream", b"Authorization: Bearer abc", b"Last-Event-ID: urn:7"} <= {*headers}
+    assert {b"Host: host:1", b"Accept: text/event-stream", b"Authorization: Bearer abc", b"Last-Event-ID: urn:7"} <= {
+        *headers}
     assert b"Last-Event-ID" not in form.subscribe("host:1", topics, b"")
 
 
@@ -957,7 +961,7 @@ def test_replay_draws_one_bar_on_a_terminal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["replay", "ramp"])
-def test_streams_come_from_the_sources_that_are_named(command: str, tmp_path: Path) -> None:
+def test_streams_come_from_the_named_sources_and_requests_name_the_host(command: str, tmp_path: Path) -> None:
     write_shape(tmp_path / "shape", Shape(1.0, QUIET.streams * 8, QUIET.events, "test"))
     ramp = ["--step", 8, "--most", 8, "--hold", 0.2]
     server = Faulty("none")
@@ -968,6 +972,7 @@ def test_streams_come_from_the_sources_that_are_named(command: str, tmp_path: Pa
         server.stop()
 
     assert server.sources == {"127.0.9.8", "127.0.9.9"}
+    assert server.hosts == {server.url.removeprefix("http://").encode()}
 
 
 @pytest.mark.parametrize("command", ["replay", "ramp"])
@@ -992,6 +997,7 @@ def test_server_may_have_an_ipv6_address(command: str, tmp_path: Path) -> None:
 
 def test_ipv6_address_has_brackets_where_it_is_asked_for() -> None:
     assert b"\r\nHost: [::1]:80\r\n" in Target("::1", 80, "/").request(0)
+    assert b"\r\nHost: [::1]:80\r\n" in Site("::1", 80).request({})
     assert b"\r\nHost: localhost:80\r\n" in Target("localhost", 80, "/").request(0)
 
 

@@ -26,8 +26,9 @@ def mark(number: int, series: int = 0, at: float | None = None) -> str:
     return f"@{nanoseconds} {number} {series} ".ljust(DATA_BYTES, "x")
 
 
-def post(path: str, body: bytes, kind: str, headers: str = "") -> bytes:
-    head = f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n{headers}\r\n"
+def post(path: str, body: bytes, kind: str, headers: str = "", host: str = "bench") -> bytes:
+    """The request that posts `body`. host: what its URL says; a server for many goes by it."""
+    head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n{headers}\r\n"
     return head.encode() + body
 
 

@@ -57,7 +57,7 @@ class Site:
 
     def request(self, fields: Found) -> bytes:
         authorization = f"Authorization: Bearer {self.token}\r\n" if self.token else ""
-        return post("/publish", json.dumps(fields).encode(), JSON, authorization)
+        return post("/publish", json.dumps(fields).encode(), JSON, authorization, authority(self.host, self.port))
 
 
 @dataclass(frozen=True, slots=True)

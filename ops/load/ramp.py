@@ -13,7 +13,7 @@ from typing import Any
 import probe
 from fleet import PER_PROCESS, Fleet, Seen
 from publisher import Publisher, PublishError, mark, pace
-from swarm import Target
+from swarm import Target, authority
 from terminal import Progress
 
 from load.metrics import FRESH_SECONDS, metrics_said, values
@@ -178,7 +178,8 @@ class Ramp:
                 publisher.close()
 
     def _request(self, topic: int, number: int, at: float) -> bytes:
-        return self._form.publish([f"{self._prefix}{topic}"], mark(number, 0, at), Event(0.0, (topic,), 100))
+        return self._form.publish(authority(self._host, self._port), [f"{self._prefix}{topic}"], mark(number, 0, at),
+                                  Event(0.0, (topic,), 100))
 
     def _expected(self, rate: float, streams: int) -> int:
         return self._climb.events(rate) * streams

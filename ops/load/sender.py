@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from publisher import Publisher, PublishError
-from swarm import BUCKETS_PER_E
+from swarm import BUCKETS_PER_E, authority
 
 from load.shape import Event, expanded, read_shape
 from load.targets import FORMS, Form
@@ -53,6 +53,7 @@ class Sender:
         self._events = events
         self._form = form
         self._address = host, port
+        self._host = authority(host, port)
         self._prefix = prefix
         self._next = 0
         self._free = CONNECTIONS
@@ -99,8 +100,9 @@ class Sender:
             self.tick.errors[f"publish: {type(error).__name__}"] += 1
             return
         self._busy[publisher] = number, now + ANSWER_SECONDS
+        topics = [f"{self._prefix}{topic}" for topic in event.topics]
         try:
-            publisher.send(self._form.publish([f"{self._prefix}{topic}" for topic in event.topics], data, event))
+            publisher.send(self._form.publish(self._host, topics, data, event))
         except OSError as error:
             self._give_up(publisher, f"publish: {type(error).__name__}")
 

@@ -19,7 +19,8 @@ WORKERS_SECONDS = 30.0
 
 
 class Form(ABC):
-    """How to speak to one kind of server. token: what it asks of a publisher, and of a subscriber; "" for nothing."""
+    """How to speak to one kind of server. token: what it asks of a publisher, and of a subscriber; "" for nothing. host:
+    with the port, as the server's URL has them (see `authority`)."""
 
     name = ""
 
@@ -32,7 +33,7 @@ class Form(ABC):
         """Where a stream of these topics is."""
 
     @abstractmethod
-    def publish(self, topics: Sequence[str], data: str, event: Event) -> bytes:
+    def publish(self, host: str, topics: Sequence[str], data: str, event: Event) -> bytes:
         """The request that publishes an event."""
 
     def subscribe(self, host: str, topics: Sequence[str], last_id: bytes) -> bytes:
@@ -48,11 +49,11 @@ class PushsvcForm(Form):
     def path(self, topics: Sequence[str]) -> str:
         return "/events?" + urlencode([("topic", topic) for topic in topics])
 
-    def publish(self, topics: Sequence[str], data: str, event: Event) -> bytes:
+    def publish(self, host: str, topics: Sequence[str], data: str, event: Event) -> bytes:
         body = {"topics": topics, "data": data, "keep": event.keep}
         body |= {"key": f"key-{event.key}"} if event.key else {}
         body |= {"event": f"kind-{event.kind}"} if event.kind else {}
-        return post("/publish", json.dumps(body).encode(), JSON, self._authorization)
+        return post("/publish", json.dumps(body).encode(), JSON, self._authorization, host)
 
 
 class MercureForm(Form):
@@ -61,10 +62,10 @@ class MercureForm(Form):
     def path(self, topics: Sequence[str]) -> str:
         return "/.well-known/mercure?" + urlencode([("topic", topic) for topic in topics])
 
-    def publish(self, topics: Sequence[str], data: str, event: Event) -> bytes:
+    def publish(self, host: str, topics: Sequence[str], data: str, event: Event) -> bytes:
         fields = [*(("topic", topic) for topic in topics), ("data", data)]
         fields += [("type", f"kind-{event.kind}")] if event.kind else []
-        return post("/.well-known/mercure", urlencode(fields).encode(), FORM, self._authorization)
+        return post("/.well-known/mercure", urlencode(fields).encode(), FORM, self._authorization, host)
 
 
 class NchanForm(Form):
@@ -75,9 +76,9 @@ class NchanForm(Form):
     def path(self, topics: Sequence[str]) -> str:
         return f"/events?topic={quote(','.join(topics), safe=',')}"
 
-    def publish(self, topics: Sequence[str], data: str, event: Event) -> bytes:
+    def publish(self, host: str, topics: Sequence[str], data: str, event: Event) -> bytes:
         kind = f"X-EventSource-Event: kind-{event.kind}\r\n" if event.kind else ""
-        return post(f"/publish?topic={quote(','.join(topics), safe=',')}", data.encode(), TEXT, kind)
+        return post(f"/publish?topic={quote(','.join(topics), safe=',')}", data.encode(), TEXT, kind, host)
 
 
 class NchanWithHistory(Nchan):
