@@ -1129,6 +1129,14 @@ def test_climb_that_would_measure_nothing_is_refused(climb: dict[str, Any]) -> N
         Climb(**good | climb)
 
 
+def test_last_level_of_a_climb_is_the_most() -> None:
+    climb = {"raise_": "streams", "step": 40, "streams": 1, "rate": 20.0}
+
+    assert Climb(**climb, most=100).levels() == [40, 80, 100]
+    assert Climb(**climb, most=80).levels() == [40, 80]
+    assert Climb(**climb, most=40).levels() == [40]
+
+
 def test_level_is_broken_by_its_p99_by_errors_and_by_a_failed_publish() -> None:
     assert broken(LEVEL, CLIMB) == ""
     assert "p99" in broken(LEVEL | {"p99_ms": 10.1}, CLIMB)

@@ -62,6 +62,9 @@ class Climb:
             raise ValueError(f"not one event for each of {self.topics} topics in {self.hold:g} s: raise --rate "
                              "(--step with --raise rate) or --hold")
 
+    def levels(self) -> list[int]:
+        return [*range(self.step, self.most, self.step), self.most]
+
     def events(self, rate: float) -> int:
         """How many events of each topic a level of this rate publishes."""
         return int(rate / self.topics * self.hold)
@@ -104,7 +107,7 @@ class Ramp:
         most = climb.most if climb.raise_ == STREAMS else climb.streams
         with Fleet(math.ceil(most / PER_PROCESS)) as fleet:
             self._server, self._client = Watch(self._pids), Watch(fleet.pids)
-            for level in range(climb.step, climb.most + 1, climb.step):
+            for level in climb.levels():
                 found, limits = self._level(fleet, level)
                 levels.append(found)
                 self._progress.say(f"{level} {climb.raise_}: p99 {found['p99_ms']} ms, failed {found['failed']}, "
