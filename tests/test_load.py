@@ -876,6 +876,7 @@ BAD_ARGUMENTS = {
     "ramp --sources 192.0.2.1": "argument --sources: 192.0.2.1 is no address of this machine: Cannot assign requested "
                                 "address",
     "ramp --pids 1,abc": "argument --pids: a whole number of at least 1 is wanted, not 'abc'",
+    "ramp --pids 1,4194305": "argument --pids: there is no process 4194305 on this machine",
     f"replay {SHAPE} --times 0": "argument --times: a whole number of at least 1 is wanted, not '0'",
     f"replay {SHAPE} --readers 0": "argument --readers: a whole number of at least 1 is wanted, not '0'",
     f"show {SHAPE} --speed 1e-320": "argument --speed: a number from 1e-9 to 1e9 is wanted, not '1e-320'",

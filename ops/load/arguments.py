@@ -7,6 +7,7 @@ import socket
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from ipaddress import AddressValueError, IPv4Address
+from pathlib import Path
 
 
 def number(wanted: str, is_good: Callable[[float], bool]) -> Callable[[str], float]:
@@ -50,7 +51,12 @@ def percents(text: str) -> list[float]:
 
 
 def pids(text: str) -> list[int]:
-    return [pid(each) for each in text.split(",")] if text else []
+    """Processes of this machine, separated by commas."""
+    found = [pid(each) for each in text.split(",")] if text else []
+    for each in found:
+        if not Path(f"/proc/{each}").exists():
+            raise ArgumentTypeError(f"there is no process {each} on this machine")
+    return found
 
 
 def setting(text: str) -> tuple[str, str]:
