@@ -288,8 +288,9 @@ def test_comparison_says_for_each_figure_why_it_is_alike(tmp_path: Path, capsys:
     assert said["bytes_mean"] == "DIFFERENT"
 
 
-def recorded(folder: Path, name: str, *rows: list[Any], end: str = "closed", until: float = 109.0) -> None:
-    lines = [["shape", 1, 100.0], *rows, *([["end", until, end]] if end else [])]
+def recorded(folder: Path, name: str, *rows: list[Any], end: str = "closed", since: float = 100.0,
+             until: float = 109.0) -> None:
+    lines = [["shape", 1, since], *rows, *([["end", until, end]] if end else [])]
     (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -321,6 +322,19 @@ def test_recording_that_was_full_ends_the_shape_there_and_a_killed_worker_ends_i
 
     assert shape.seconds == 5.0
     assert [(each.opened, each.closed) for each in shape.streams] == [(1.0, None), (1.0, 3.0), (3.0, 3.0)]
+
+
+def test_recordings_of_two_runs_are_refused_and_those_of_a_worker_and_its_successor_joined(tmp_path: Path) -> None:
+    recorded(tmp_path, "1.jsonl", ["open", 101.0, 1, "aa", ["t1"], 0])
+    recorded(tmp_path, "2.jsonl", ["open", 121.0, 1, "aa", ["t2"], 0], since=120.0, until=129.0)
+    assert len(read_recording(tmp_path).streams) == 2
+
+    recorded(tmp_path, "3.jsonl", ["open", 131.0, 1, "bb", ["t3"], 0], since=130.0, until=139.0)
+    recorded(tmp_path, "4.jsonl", ["event", 132.0, 7, ["t3"], 5, "", "all", "", 1], since=130.1, until=139.1)
+    done = load("record", tmp_path, "-o", tmp_path / "shape")
+
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"load: {tmp_path}/3.jsonl is of another run than the files before it")
 
 
 def test_damaged_recording_is_refused_with_its_line(tmp_path: Path) -> None:

@@ -2,10 +2,14 @@
 
 An event that several workers have seen is one event, whose fan-outs are summed. A worker that was killed has a file
 without an end: its streams are taken to have ended with its last line. If a file was full, the shape ends there.
+
+Each run of a service hashes with a key of its own. So files that were not written at the same time as the others and
+have no name in common with them are of another run.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,10 +26,16 @@ FULL, GONE = "full", "gone"
 class _File:
     """One worker's. ended: how, or "" if it was cut off; until: the time of its last line."""
 
+    path: Path
     rows: list[list[Any]] = field(default_factory=list)
     since: float = 0.0
     until: float = 0.0
     ended: str = ""
+
+    def names(self) -> set[str]:
+        """The hashes of its clients and topics."""
+        lists = ([row[3], *row[4]] if row[0] == "open" else row[3] for row in self.rows if row[0] != "close")
+        return {name for names in lists for name in names}
 
 
 def read_recording(folder: Path) -> Shape:
@@ -33,6 +43,7 @@ def read_recording(folder: Path) -> Shape:
     files = [_read(path) for path in sorted(folder.glob("*.jsonl"))]
     if not files:
         raise ShapeError(f"{folder} has no recording (*.jsonl)")
+    _check_run(files)
     begun = min(file.since for file in files)
     until = min((file.until for file in files if file.ended == FULL), default=max(file.until for file in files))
     streams = [stream for file in files for stream in _streams(file, begun, until)]
@@ -40,8 +51,25 @@ def read_recording(folder: Path) -> Shape:
     return _renumbered(shaped(until - begun, streams, events, "recording"))
 
 
+def _check_run(files: list[_File]) -> None:
+    """Raises ShapeError if they are of several runs."""
+    parts: list[tuple[_File, set[str]]] = []  # the files of each were written at the same time
+    until = -math.inf
+    for file in sorted(files, key=lambda each: each.since):
+        if file.since > until:
+            parts.append((file, set()))
+        parts[-1][1].update(file.names())
+        until = max(until, file.until)
+    known = set[str]()
+    for first, names in parts:
+        if known and names and known.isdisjoint(names):
+            raise ShapeError(f"{first.path} is of another run than the files before it: nobody and nothing is in both. "
+                             "Give each run a folder of its own")
+        known |= names
+
+
 def _read(path: Path) -> _File:
-    file = _File()
+    file = _File(path)
     try:
         first, *lines = path.read_text().split("\n")
     except OSError as error:
