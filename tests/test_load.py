@@ -1078,6 +1078,29 @@ def test_result_that_cannot_be_written_is_told_before_the_run(command: list[Any]
         assert (done.returncode, done.stderr) == (2, f"load: {path} cannot be written\n")
 
 
+@pytest.mark.parametrize("command", [
+    "import {}", "record {.parent}", "replay {}", "replay {} --report {} -o /dev/null", "report {}"])
+def test_file_that_is_read_is_not_overwritten(
+        command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, link = tmp_path / "file.jsonl", tmp_path / "link"
+    write_shape(path, SMALL)
+    link.symlink_to(path)
+    text = path.read_text()
+
+    done = command_line([*command.format(path, link).split(), *([] if "-o" in command else ["-o", str(link)])])
+
+    assert (done, capsys.readouterr().err) == (2, f"load: {link} is what is read, and would be overwritten\n")
+    assert path.read_text() == text
+
+
+def test_result_and_its_page_are_two_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = str(tmp_path / "found")
+
+    assert command_line(["ramp", "--url", "http://127.0.0.1:1", "-o", found, "--report", f"{tmp_path}/./found"]) == 2
+
+    assert capsys.readouterr().err == f"load: {found} cannot be both the result and its page\n"
+
+
 @pytest.mark.parametrize("option", ["-o", "--report"])
 def test_result_that_cannot_be_saved_is_printed_all_the_same(option: str, tmp_path: Path) -> None:
     write_shape(tmp_path / "shape", crowd(1.0, 4, 5))

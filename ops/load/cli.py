@@ -94,6 +94,7 @@ def _add_import(commands: Any) -> None:
 
 
 def _import(options: argparse.Namespace) -> int:
+    _check_apart(options.output, options.table)
     return _written(options, read_table(options.table))
 
 
@@ -104,6 +105,7 @@ def _add_record(commands: Any) -> None:
 
 
 def _record(options: argparse.Namespace) -> int:
+    _check_apart(options.output, *options.folder.glob("*.jsonl"))
     return _written(options, read_recording(options.folder))
 
 
@@ -182,11 +184,27 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", type=Path, metavar="HTML", help="where the result goes as a page")
 
 
-def _check_outputs(options: argparse.Namespace) -> None:
-    """Raises ValueError if the result could not be written: that is known before the run and not after it."""
+def _check_outputs(options: argparse.Namespace, *read: Path) -> None:
+    """Raises ValueError if the result could not be written, or only over what is `read`: that is known before the run and
+    not after it."""
     for path in filter(None, (options.output, options.report)):
         if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
             raise ValueError(f"{path} cannot be written")
+        _check_apart(path, *read)
+    if options.output and options.report and _is_same(options.output, options.report):
+        raise ValueError(f"{options.output} cannot be both the result and its page")
+
+
+def _check_apart(output: Path, *read: Path) -> None:
+    """Raises ValueError if the output is one of the files that are read."""
+    if any(_is_same(output, each) for each in read):
+        raise ValueError(f"{output} is what is read, and would be overwritten")
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    if one.exists() and other.exists():
+        return one.is_file() and one.samefile(other)
+    return one.resolve() == other.resolve()
 
 
 def _add_server(parser: argparse.ArgumentParser) -> None:
@@ -252,7 +270,7 @@ def _check_shape(path: Path) -> None:
 
 def _replay(options: argparse.Namespace) -> int:
     _check_shape(options.shape)
-    _check_outputs(options)
+    _check_outputs(options, options.shape)
     with _served(options) as server:
         pids, about = server.pop("pids"), server.pop("about")
         plan = Plan(options.shape, **server, label=options.label, speed=options.speed, times=options.times,
@@ -397,6 +415,7 @@ def _add_report(commands: Any) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
+    _check_apart(options.output, *options.results)
     results = [read_result(path) for path in options.results]
     options.output.write_text(page(results))
     _print(options, {"written": str(options.output), "results": len(results)}, f"{options.output} has {len(results)}")
