@@ -54,7 +54,7 @@ def farewell(reason: str, retry_ms: int | None) -> bytes:
 
 def chunk(data: bytes) -> bytes:
     """`data` as one chunk of a chunked body (RFC 9112, section 7.1)."""
-    return b"%x\r\n%b\r\n" % (len(data), data)
+    return b"%X\r\n%b\r\n" % (len(data), data)
 
 
 def _frame(event: Event, epoch: str, text: str) -> bytes:

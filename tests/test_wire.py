@@ -660,6 +660,16 @@ def test_request_is_understood_as_under_gunicorns_own_worker(parked: Served, pla
 
 
 @served
+def test_chunks_are_framed_as_gunicorn_frames_them(service: Way, topic: str) -> None:
+    with service.stream(topic) as stream:
+        stream.opened(TIMEOUT)
+        id = service.publish(topic=topic, data="x" * 2700)
+        frame = f"id: {id}\ndata: {'x' * 2700}\n\n".encode()
+        assert stream.next(TIMEOUT).data == "x" * 2700
+        assert bytes(stream.wire).endswith(b"\r\nA%X\r\n%b\r\n" % (len(frame) - 0xA00, frame))
+
+
+@served
 @pytest.mark.parametrize(("sent", "status"), [
     ("GET /events?topic=a HTTP/2.9\r\n\r\n", 400), ("nonsense\r\n\r\n", 400), ("GET / HTTP/1.1\r\n: x\r\n\r\n", 400),
     ("GET /events?topic=a HTTP/1.1\r\nContent-Length: x\r\n\r\n", 400),
