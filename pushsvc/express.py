@@ -10,12 +10,13 @@ from __future__ import annotations
 import io
 import ipaddress
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from gunicorn.http.wsgi import Response, base_environ
+from gevent import socket
+from gunicorn.http.wsgi import Response, _make_early_hints_callback, base_environ
 
 try:
     from gunicorn_h1c import IncompleteError, ParseError, parse_request
@@ -33,17 +34,53 @@ _TARGET = re.compile(rb"/(?!/)[\x21-\x22\x24-\x7e]*")
 
 
 class ExpressRequest:
-    """What gunicorn's Response asks of a request."""
+    """What gunicorn asks of a request that it answers, also with an error."""
 
-    __slots__ = ("headers", "method", "version")
+    __slots__ = ("headers", "uri")
+    method = "GET"
+    version = (1, 1)
+    body = None
 
-    def __init__(self, headers: list[tuple[str, str]]) -> None:
-        self.method = "GET"
-        self.version = (1, 1)
+    def __init__(self, headers: list[tuple[str, str]], uri: str) -> None:
         self.headers = headers
+        self.uri = uri
+
+    @property
+    def query(self) -> str:
+        return self.uri.partition("?")[2]
 
     def should_close(self) -> bool:
-        return any(name == "CONNECTION" and value.strip(" \t").lower() == "close" for name, value in self.headers)
+        for name, value in self.headers:
+            if name == "CONNECTION":  # the first decides
+                return value.strip(" \t").lower() == "close"
+        return False
+
+
+class LateSocket:
+    """The `gunicorn.socket` of an environment: gevent's socket of the connection, which `make(endpoint, raw)` makes when
+    something is asked of it, and which has the descriptor from then on. Few applications ask, and a socket is dear."""
+
+    __slots__ = ("_endpoint", "_make", "_raw", "_response", "made")
+    __class__ = socket.socket
+
+    def __init__(self, make: Callable[[Any, Any], Any], endpoint: Any, raw: Any, response: Any) -> None:
+        self._make = make
+        self._endpoint = endpoint
+        self._raw = raw
+        self._response = response
+        self.made: Any = None
+
+    def now(self) -> Any:
+        if self.made is None:
+            self.made = self._make(self._endpoint, self._raw)
+        return self.made
+
+    def send_early_hints(self, headers: Any) -> None:
+        """The `wsgi.early_hints` of the environment."""
+        _make_early_hints_callback(self._response.req, self, self._response)(headers)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.now(), name)
 
 
 class Express:
@@ -84,7 +121,7 @@ class Express:
         environ["PATH_INFO"] = (unquote_to_bytes(path) if b"%" in path else path).decode("latin-1")
         environ["QUERY_STRING"] = query.decode("latin-1")
         environ["REMOTE_ADDR"], environ["REMOTE_PORT"] = address[0], str(address[1])
-        return environ, Response(ExpressRequest(fields), None, self._cfg)
+        return environ, Response(ExpressRequest(fields, environ["RAW_URI"]), None, self._cfg)
 
     def _is_trusted(self, peer: str) -> bool:
         """Whether gunicorn believes this peer what it says of the scheme (`forwarded_allow_ips`)."""

@@ -6,13 +6,13 @@ brings their new code.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from gunicorn.sock import ssl_context
 from gunicorn.workers.ggevent import GeventWorker
 
 from pushsvc.errors import UNREAD
-from pushsvc.express import Express, is_possible
+from pushsvc.express import Express, LateSocket, is_possible
 from pushsvc.listener import Client, Endpoint, Listener, Raw, Room, SecureClient
 
 TICK_SECONDS = 0.05
@@ -34,6 +34,7 @@ QUIESCE_SECONDS = 0.1  # so does the handshake of a connection that has begun, a
 TCP_NOTSENT_LOWAT = 25  # linux/tcp.h
 MOST_UNSENT = 1 << 30  # bytes; the kernel takes an int
 MOST_PATHS = 64  # paths of streams that are remembered
+HUNG_UP = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN)
 
 
 def watch_stop(worker: Any) -> None:
@@ -175,43 +176,49 @@ class PushWorker(GeventWorker):  # type: ignore[misc]
 
     def _serve_express(self, endpoint: Endpoint, raw: Raw, address: Any, environ: dict[str, Any],
                        response: Any) -> None:
+        """A request that came the short way; what comes of it, and of an error, is as on gunicorn's. Switches."""
+        connection = environ["gunicorn.socket"] = LateSocket(Client, endpoint, raw, response)
+        environ["wsgi.early_hints"] = connection.send_early_hints
+        goes_on = False
         self.nr += 1
         alive = bool(self.alive)
         if self.nr >= self.max_requests and alive:
             self.log.info("Autorestarting worker after current request.")
             self.alive = alive = False
-        if not alive:
+        if not (alive and self.cfg.keepalive):
             response.force_close()
-        body: Any = ()
-        client: Client | None = None
         try:
             body = self.application(environ, response.start_response)
-            if type(body) is self._stream and response.chunked:
-                body.subscription.abort = raw.abort
-                self.lot.run(body, response, raw)
-                return
-            client = response.sock = Client(endpoint, raw)
-            for part in body:
-                response.write(part)
-            response.close()
-        except OSError:
-            response.force_close()
-        except Exception:  # as gunicorn does
-            self.log.exception("Error handling request GET %s", environ["RAW_URI"])
-            response.force_close()
-            if not response.headers_sent:
-                client = client or Client(endpoint, raw)
-                with suppress(OSError):
-                    util.write_error(client, 500, "Internal Server Error", "")
-        finally:
-            if hasattr(body, "close"):
-                body.close()
-        if client is None:
-            return
-        if response.should_close():
-            client.close()
-        else:
-            self._serve_on(endpoint, client, address)
+            try:
+                if type(body) is self._stream and response.chunked:
+                    if connection.made is None:
+                        body.subscription.abort = raw.abort
+                    self.lot.run(body, response, connection.made or raw)
+                else:
+                    response.sock = connection.now()
+                    for part in body:
+                        response.write(part)
+                    response.close()
+            finally:
+                if hasattr(body, "close"):
+                    body.close()
+            goes_on = response.sock is not None and not response.should_close()  # the lot's does not come back
+        except StopIteration:  # gunicorn's word for: this connection is done with
+            pass
+        except OSError as error:
+            if error.errno not in HUNG_UP:
+                self.log.exception("Socket error processing request.")
+        except BaseException as error:
+            if response.headers_sent:  # nothing can follow what the client has of the answer
+                self.log.exception("Error handling request")
+            elif isinstance(error, (SystemExit, gevent.GreenletExit)):  # the request ends, and the worker does not
+                goes_on = bool(self.cfg.keepalive)
+            else:
+                self.handle_error(response.req, connection, address, error)
+        if goes_on:
+            self._serve_on(endpoint, connection.now(), address)
+        elif connection.made is not None:
+            connection.made.close()
 
     def run(self) -> None:
         self._room = Room(self.service.settings.max_connections)

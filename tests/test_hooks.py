@@ -1,17 +1,22 @@
 """The application around the service: hooks, decorators and what they keep, the same on every way to a stream."""
 
+import http.client
 import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.client import Stream, request
+from tests.support.client import Stream, publish, request
 from tests.support.server import ROOT, Server
+from tests.support.wait import eventually
 
+TIMEOUT = 20  # for what takes milliseconds on an idle machine
 APPLICATION = '''
-import contextvars, threading
-from flask import g, request
+import contextvars, sys, threading
+import gevent
+from flask import Response, g, request
 from app import create_app
 
 app = create_app()
@@ -26,9 +31,36 @@ def note():
     if request.args.get("topic") == "refused":
         return "not here", 403
 
+@app.before_request
+def go_wrong():
+    topic = request.args.get("topic")
+    if topic in ("exit", "killed"):
+        print("goes wrong:", topic, flush=True)
+        sys.exit(1) if topic == "exit" else gevent.getcurrent().throw()
+    if topic == "timeout":
+        raise gevent.Timeout(1)
+    if topic in ("exit-late", "fail-late"):
+        return Response(go_wrong_late(topic))
+
+def go_wrong_late(topic):
+    yield "one"
+    sys.exit(1) if topic == "exit-late" else 1 / 0
+
+@app.before_request
+def use_the_connection():
+    topic = request.args.get("topic")
+    if topic == "peer":
+        g.peer = request.environ["gunicorn.socket"].getpeername()[0]
+    if topic == "hints":
+        request.environ["wsgi.early_hints"]([("Link", "</a.css>; rel=preload")])
+    if topic == "environ":
+        return sorted(request.environ)
+
 @app.after_request
 def tell(response):
     response.headers["X-Seen"] = g.seen
+    if "peer" in g:
+        response.headers["X-Peer"] = g.peer
     return response
 
 @app.teardown_request
@@ -47,11 +79,16 @@ app.view_functions["events.events"] = decorated
 '''
 
 
+def server_of(text: str, directory: Path, worker_class: str | None = None) -> Server:
+    """A server, not started yet, of the module whose text this is."""
+    (directory / "around.py").write_text(text)
+    return Server(directory / "server", workers=1, worker_class=worker_class, application="around:app",
+                  env={"PYTHONPATH": f"{directory}:{ROOT}", "PUSHSVC_KEEPALIVE_SECONDS": "30"})
+
+
 @pytest.fixture(params=[None, "gevent"], ids=["PushWorker", "gevent"])
 def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
-    (tmp_path / "around.py").write_text(APPLICATION)
-    with Server(tmp_path / "server", workers=1, worker_class=request.param, application="around:app",
-                env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}) as server:
+    with server_of(APPLICATION, tmp_path, request.param) as server:
         yield server
 
 
@@ -75,3 +112,49 @@ def test_hook_that_answers_or_fails_does_so_on_every_way(server: Server) -> None
         assert failure.status == 500
         assert failure.headers["content-type"] == "application/problem+json"
     assert len(re.findall(r"RuntimeError: of the application", server.log())) == 2, "each is in the log, with its cause"
+
+
+
+def test_hook_that_exits_ends_its_own_request_and_nothing_else(server: Server) -> None:
+    pids, held = server.worker_pids(), []
+    for number in (1, 2):  # gunicorn's way, and the short one, which is open when there has been a stream
+        for topic in ("exit", "killed"):
+            with socket.create_connection((server.host, server.port), TIMEOUT) as connection:
+                connection.sendall(f"GET /events?topic={topic} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+                eventually(lambda topic=topic, number=number: server.log().count(f"goes wrong: {topic}") == number)
+                connection.sendall(b"GET /events?topic=refused HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert connection.recv(1000).startswith(b"HTTP/1.1 403 "), "the connection goes on"
+        held.append(Stream(server.url, "held").opened())
+    publish(server.url, topic="held", data="x")
+    assert [stream.next(TIMEOUT).data for stream in held] == ["x", "x"]
+    assert server.worker_pids() == pids
+
+
+def test_what_is_no_exception_is_answered_500_while_nothing_was_sent(server: Server) -> None:
+    for number in (1, 2):
+        failure = request("GET", f"{server.url}/events?topic=timeout")
+        assert (failure.status, failure.headers["content-type"]) == (500, "application/problem+json")
+        for topic in ("exit-late", "fail-late"):
+            with pytest.raises(http.client.IncompleteRead) as broken:
+                request("GET", f"{server.url}/events?topic={topic}")
+            assert broken.value.partial == b"one", "and nothing behind it"
+        assert server.log().count("Error handling request") == 3 * number
+        Stream(server.url, "a").opened().close()
+
+
+def test_environment_is_the_same_on_every_way(server: Server) -> None:
+    environs = []
+    for _ in range(2):
+        environs.append(request("GET", f"{server.url}/events?topic=environ").json())
+        with Stream(server.url, "peer") as stream:
+            stream.opened(TIMEOUT)
+            assert stream.headers["x-peer"] == "127.0.0.1"
+            publish(server.url, topic="peer", data="x")
+            assert stream.next(TIMEOUT).data == "x"
+        with socket.create_connection((server.host, server.port), TIMEOUT) as connection:
+            connection.sendall(b"GET /events?topic=hints HTTP/1.1\r\nHost: x\r\n\r\n")
+            got = b""
+            while b": open" not in got:
+                got += connection.recv(1000)
+            assert got.startswith(b"HTTP/1.1 103 Early Hints\r\nLink: </a.css>; rel=preload\r\n\r\nHTTP/1.1 200 OK\r\n")
+    assert environs[0] == environs[1]

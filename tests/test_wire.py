@@ -12,6 +12,8 @@ import subprocess
 import time
 import uuid
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
@@ -607,6 +609,8 @@ FIELDS = [
     "Last-Event-ID:", "Last-Event-ID: a\r\nLast-Event-ID: b", "Last_Event_ID: garbage", "Last-Event-ID: \xff",
     "Last-Event-ID: é", "Last-Event-ID: a\x01", "Last-Event-ID: a\0", "Last-Event-ID: a\r\n b", "Last-Event-ID : a",
     " Last-Event-ID: a", "Last-Event-ID", "X: a\nLast-Event-ID: b", "Connection: close", "connection: Close",
+    "Connection: keep-alive\r\nConnection: close", "Connection: close\r\nConnection: keep-alive",
+    "Connection: x\r\nConnection: close",
     "Connection: keep-alive, close", "Connection: upgrade\r\nUpgrade: websocket",
     "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA",
     "Content-Length: 0", "Content-Length: 3", "Content-Length: x", "Content-Length: 0\r\nContent-Length: 1",
@@ -667,6 +671,17 @@ def test_chunks_are_framed_as_gunicorn_frames_them(service: Way, topic: str) -> 
         frame = f"id: {id}\ndata: {'x' * 2700}\n\n".encode()
         assert stream.next(TIMEOUT).data == "x" * 2700
         assert bytes(stream.wire).endswith(b"\r\nA%X\r\n%b\r\n" % (len(frame) - 0xA00, frame))
+
+
+def test_connections_that_are_not_kept_are_closed_on_every_way(tmp_path: Path) -> None:
+    with Server(tmp_path, workers=1, args=["--keep-alive", "0"]) as server:
+        for _ in range(2):
+            with socket.create_connection((server.host, server.port), TIMEOUT) as connection:
+                connection.sendall(b"GET /events HTTP/1.1\r\nHost: x\r\n\r\n")
+                answer = b"".join(iter(partial(connection.recv, 4096), b""))
+            assert b"\r\nConnection: close\r\n" in answer
+            with Stream(server.url, "a") as stream:
+                assert stream.opened(TIMEOUT).headers["connection"] == "close"
 
 
 @served
