@@ -6,7 +6,7 @@ mailbox holds at or before the cursor is dropped. So there is no gap and no doub
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 from pushsvc import hub as hubs
 from pushsvc import sse
@@ -32,6 +32,7 @@ class Stream:
         self.broker = broker
         self.subscription = subscription
         self.asked = asked
+        self.on_close: Sequence[Callable[[], object]] = ()
         self._running: Generator[bytes, None, None] | None = None
 
     def __iter__(self) -> Iterator[bytes]:
@@ -39,9 +40,13 @@ class Stream:
         return self._running
 
     def close(self) -> None:
-        """What a WSGI server calls when it is done with the response, however it ended (PEP 3333)."""
+        """What a WSGI server calls when it is done with the response, however it ended (PEP 3333), or has parked it:
+        calls `on_close`, once. Idempotent."""
         if self._running is not None:
             self._running.close()
+        callbacks, self.on_close = self.on_close, ()
+        for callback in callbacks:
+            callback()
 
     def _run(self) -> Generator[bytes, None, None]:
         subscription = self.subscription

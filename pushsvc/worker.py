@@ -134,8 +134,11 @@ class PushWorker(GeventWorker):  # type: ignore[misc]
         if len(self._paths) < MOST_PATHS:
             self._paths.add(environ["RAW_URI"].partition("?")[0].encode("latin-1"))
         begun = datetime.now()
-        self.lot.run(body, response, connection)
-        self.log.access(response, response.req, environ, datetime.now() - begun)
+        try:
+            self.lot.run(body, response, connection)
+            self.log.access(response, response.req, environ, datetime.now() - begun)
+        finally:
+            body.close()
         raise StopIteration  # gunicorn's word for: this connection is done with
 
     def handle_exit(self, sig: int, frame: Any) -> None:

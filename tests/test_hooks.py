@@ -63,6 +63,24 @@ def tell(response):
         response.headers["X-Peer"] = g.peer
     return response
 
+@app.after_request
+def answer_otherwise(response):
+    topic = request.args.get("topic")
+    if topic == "nothing":
+        response.status_code = 204
+    if topic == "rewritten":
+        response.data = "another body"
+    return response
+
+@app.after_request
+def borrow(response):
+    topic = request.args.get("topic")
+    if topic in ("lent", "nothing", "rewritten", "refused"):
+        response.call_on_close(lambda: print(f"given back: {topic}", flush=True))
+    if topic == "kept":
+        response.call_on_close(lambda: 1 / 0)
+    return response
+
 @app.teardown_request
 def fail(error):
     if request.args.get("topic") == "broken":
@@ -90,6 +108,22 @@ def server_of(text: str, directory: Path, worker_class: str | None = None) -> Se
 def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
     with server_of(APPLICATION, tmp_path, request.param) as server:
         yield server
+
+
+def answers_of(server: Server, *topics: str) -> list[tuple[int, bytes]]:
+    """What requests on one connection get."""
+    connection = http.client.HTTPConnection(server.host, server.port, timeout=TIMEOUT)
+    try:
+        connection.connect()
+        connection.auto_open = 0  # what comes on another connection is no answer
+        answers = []
+        for topic in topics:
+            connection.request("GET", f"/events?topic={topic}")
+            answer = connection.getresponse()
+            answers.append((answer.status, answer.read()))
+        return answers
+    finally:
+        connection.close()
 
 
 def test_hooks_and_decorators_run_and_no_client_sees_anothers_values(server: Server) -> None:
@@ -158,3 +192,38 @@ def test_environment_is_the_same_on_every_way(server: Server) -> None:
                 got += connection.recv(1000)
             assert got.startswith(b"HTTP/1.1 103 Early Hints\r\nLink: </a.css>; rel=preload\r\n\r\nHTTP/1.1 200 OK\r\n")
     assert environs[0] == environs[1]
+
+
+def test_hook_makes_of_a_stream_an_answer_without_one(server: Server) -> None:
+    for _ in range(2):
+        assert answers_of(server, "nothing", "rewritten", "refused") == [
+            (204, b""), (200, b"another body"), (403, b"not here")]
+        Stream(server.url, "a").opened().close()
+    assert "\npushsvc_streams_opened_total 2.0\n" in request("GET", f"{server.url}/metrics").text
+    for topic in ("nothing", "rewritten", "refused"):
+        assert given_back(server, topic) == 2
+
+
+def given_back(server: Server, topic: str) -> int:
+    return server.log().count(f"given back: {topic}\n")
+
+
+def test_what_a_hook_lends_to_a_request_is_given_back_once_when_it_is_over(server: Server) -> None:
+    for number in (1, 2):
+        with Stream(server.url, "lent") as stream:
+            stream.opened(TIMEOUT)
+        # gunicorn's own worker notices at a write that the client has left
+        eventually(lambda n=number: publish(server.url, topic="lent", data="x") and given_back(server, "lent") == n)
+    answers_of(server, "refused")
+    eventually(lambda: given_back(server, "refused"))
+    assert given_back(server, "lent") == 2
+
+
+def test_request_is_over_when_its_stream_is_parked(tmp_path: Path) -> None:
+    with server_of(APPLICATION, tmp_path) as server:
+        for number in (1, 2):
+            with Stream(server.url, ["lent", "x"]) as stream, Stream(server.url, ["kept", "x"]) as other:
+                eventually(lambda number=number: given_back(server, "lent") == number)
+                eventually(lambda number=number: server.log().count("ZeroDivisionError") == number)
+                publish(server.url, topic="x", data="x")
+                assert [each.next(TIMEOUT).data for each in (stream, other)] == ["x", "x"]

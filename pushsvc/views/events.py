@@ -25,6 +25,7 @@ from pushsvc.views.query import parse_pairs, single
 LAST_ID = ("last_event_id", "lastEventID", "lastEventId")
 FIELDS = frozenset({"topic", "envelope", QUERY, *LAST_ID})
 HEADERS = {"Content-Type": sse.CONTENT_TYPE, "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+BODILESS = (204, 304)  # and 1xx (RFC 9110, section 6.4.1)
 
 
 def blueprint(hub: Hub, broker: Broker, access: Access) -> Blueprint:
@@ -55,13 +56,20 @@ def blueprint(hub: Hub, broker: Broker, access: Access) -> Blueprint:
 
 
 class StreamResponse(Response):
-    """A response whose body is handed to the server as it is, for it may be parked; hooks may still add fields."""
+    """A response whose body is handed to the server as it is, for it may be parked. Hooks may still add fields, and
+    what is to be called when the request is over; if they change the body, or to a status that has none, it is an
+    ordinary one."""
 
     def __init__(self, stream: Stream) -> None:
         super().__init__(stream, headers=HEADERS, direct_passthrough=True)
 
     def get_wsgi_response(self, environ: Any) -> tuple[Iterable[bytes], str, list[tuple[str, str]]]:
-        return self.response, self.status, self.headers.to_wsgi_list()  # type: ignore[return-value]
+        stream, status = self.response, self.status_code
+        if type(stream) is not Stream or status < 200 or status in BODILESS:
+            self.direct_passthrough = False
+            return super().get_wsgi_response(environ)
+        stream.on_close = self._on_close
+        return stream, self.status, self.headers.to_wsgi_list()
 
 
 def _topics(topics: list[str], most: int) -> list[str]:
