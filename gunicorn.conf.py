@@ -151,8 +151,9 @@ def worker_exit(server, worker):
     """In the worker, at its end. (gunicorn calls it in the master too, where nothing was loaded.)"""
     gc.unfreeze()  # what is left is then taken down in its order
     application = getattr(worker, "application", getattr(worker, "wsgi", None))
-    if application is not None:
-        application.extensions["pushsvc"].close()
+    service = getattr(application, "extensions", {}).get("pushsvc")
+    if service is not None:
+        service.close()
 
 
 def on_exit(server):

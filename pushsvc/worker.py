@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import signal
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from typing import Any
 import gevent
 from gevent import socket
 from gunicorn import util
+from gunicorn.arbiter import Arbiter
 from gunicorn.sock import ssl_context
 from gunicorn.workers.ggevent import GeventWorker
 
@@ -40,7 +42,7 @@ HUNG_UP = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN)
 def watch_stop(worker: Any) -> None:
     """For gunicorn's own gevent worker, which tells its streams nothing: drain them when it is told to stop. Called in
     the worker, after its application was loaded."""
-    service = worker.wsgi.extensions["pushsvc"]
+    service = _service_of(worker.wsgi)
 
     def watch() -> None:
         while worker.alive:
@@ -48,6 +50,17 @@ def watch_stop(worker: Any) -> None:
         service.drain()
 
     gevent.spawn(watch)
+
+
+def _service_of(application: Any) -> Any:
+    """The service that create_app() has put into its application. Exits if this is another."""
+    try:
+        return application.extensions["pushsvc"]
+    except (AttributeError, KeyError):
+        kind = type(application).__name__
+        print(f"pushsvc: the application has to be what create_app() makes, not a {kind}; middleware goes around its "
+              "wsgi_app: app.wsgi_app = ProxyFix(app.wsgi_app)", file=sys.stderr)
+        sys.exit(Arbiter.APP_LOAD_ERROR)
 
 
 def tell_problems() -> None:
@@ -113,7 +126,7 @@ class PushWorker(GeventWorker):  # type: ignore[misc]
         self.cfg.__dict__.update({name: setting.get() for name, setting in self.cfg.settings.items()})
         super().load_wsgi()
         self.application = self.app.wsgi()  # gunicorn keeps it: the same object again
-        self.service = self.application.extensions["pushsvc"]
+        self.service = _service_of(self.application)
         self.lot = ParkingLot(self.service.hub)
         self.wsgi = self._parking
         self._paths: set[bytes] = set()  # that have answered with a stream

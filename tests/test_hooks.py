@@ -17,9 +17,11 @@ APPLICATION = '''
 import contextvars, sys, threading
 import gevent
 from flask import Response, g, request
+from werkzeug.middleware.proxy_fix import ProxyFix
 from app import create_app
 
 app = create_app()
+app.wsgi_app = ProxyFix(app.wsgi_app)
 seen_before = contextvars.ContextVar("seen_before", default="nobody")
 local = threading.local()
 
@@ -59,6 +61,7 @@ def use_the_connection():
 @app.after_request
 def tell(response):
     response.headers["X-Seen"] = g.seen
+    response.headers["X-From"] = request.remote_addr
     if "peer" in g:
         response.headers["X-Peer"] = g.peer
     return response
@@ -180,8 +183,9 @@ def test_environment_is_the_same_on_every_way(server: Server) -> None:
     environs = []
     for _ in range(2):
         environs.append(request("GET", f"{server.url}/events?topic=environ").json())
-        with Stream(server.url, "peer") as stream:
+        with Stream(server.url, "peer", headers={"X-Forwarded-For": "127.0.0.9"}) as stream:
             stream.opened(TIMEOUT)
+            assert stream.headers["x-from"] == "127.0.0.9", "of the middleware around wsgi_app"
             assert stream.headers["x-peer"] == "127.0.0.1"
             publish(server.url, topic="peer", data="x")
             assert stream.next(TIMEOUT).data == "x"
@@ -227,3 +231,28 @@ def test_request_is_over_when_its_stream_is_parked(tmp_path: Path) -> None:
                 eventually(lambda number=number: server.log().count("ZeroDivisionError") == number)
                 publish(server.url, topic="x", data="x")
                 assert [each.next(TIMEOUT).data for each in (stream, other)] == ["x", "x"]
+
+
+def test_example_of_the_documentation_runs(tmp_path: Path) -> None:
+    text = (ROOT / "docs/operations.md").read_text().partition("```python\n")[2].partition("```\n")[0]
+    with server_of(text, tmp_path) as server:
+        for _ in range(2):
+            foreign = request("GET", f"{server.url}/events?topic=a", headers={"X-Forwarded-For": "203.0.113.9"})
+            assert foreign.status == 401
+            with Stream(server.url, "a") as stream:
+                assert stream.opened(TIMEOUT).headers["x-machine"] == "a"
+
+
+@pytest.mark.parametrize("worker_class", [None, "gevent"], ids=["PushWorker", "gevent"])
+def test_application_inside_of_middleware_is_refused_with_the_form_that_works(
+        tmp_path: Path, worker_class: str | None) -> None:
+    server = server_of(APPLICATION.replace("app.wsgi_app = ProxyFix(app.wsgi_app)", "").replace(
+        "app.view_functions[\"events.events\"] = decorated", "app = ProxyFix(app)"), tmp_path, worker_class)
+    try:
+        server.start()
+        server.wait_gone(TIMEOUT)
+        assert "pushsvc: the application has to be what create_app() makes, not a ProxyFix; " in server.log()
+        assert "app.wsgi_app = ProxyFix(app.wsgi_app)\n" in server.log()
+        assert "Traceback" not in server.log()
+    finally:
+        server.stop()
