@@ -756,9 +756,10 @@ def test_disk_that_history_may_outgrow_is_found(place: Path) -> None:
 def test_configuration_without_a_server_for_the_stream_is_no_reason_to_fail(file: str, tmp_path: Path) -> None:
     """Whatever is left of a file, the doctor names a line of it or none."""
     text = (ROOT / "ops" / file).read_text()
-    script = "import sys, layout, wire, advice\n" \
+    language = f"layout_{file.partition('/')[0]}"
+    script = f"import sys, layout, wire, advice, {language} as language\n" \
         "for end in range(0, len(text := sys.stdin.read()), 97):\n" \
-        "    try: scope = layout.read(text[:end], wire.parse('https://push.example.com/events'))\n" \
+        "    try: scope = language.read(text[:end], wire.parse('https://push.example.com/events'))\n" \
         "    except layout.LayoutError: continue\n" \
         "    for check in advice.RULES[scope.kind]: assert 0 <= advice.cure(check, scope).line <= text.count('\\n') + 1\n"
     done = subprocess.run([sys.executable, "-c", script], input=text, text=True, capture_output=True, timeout=PATIENCE,

@@ -28,10 +28,11 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Cure:
-    """change: what to write. line: where, 0 where that is not known."""
+    """change: what to write. line: where, 0 where that is not known. file: "" for the one that was given."""
 
     change: str
     line: int = 0
+    file: str = ""
 
 
 RULES: dict[str, dict[str, Rule]] = {
@@ -110,21 +111,33 @@ def cure(check: str, scope: Scope) -> Cure:
     rule = RULES[scope.kind].get(check)
     if rule is None:
         return Cure(general(check))
-    wrong = _first(rule, scope)
+    wrong, title = _first(rule, scope), TITLES[scope.kind]
+    inner = scope.level(rule.level) or next((level for name, level in scope.levels if name != "http"), None)
     if wrong is not None:
-        return Cure(f"{TITLES[scope.kind]}: {_quoted(rule.right)} instead of `{wrong.text}`", wrong.line)
+        if inner and _is_for_all(wrong, scope) and rule.level == "location" and rule.right.endswith(";"):
+            return Cure(f"{title}: put {_quoted(rule.right)} after this line, against `{wrong.text}` in http", inner.line,
+                        inner.file)
+        return Cure(f"{title}: {_quoted(rule.right)} instead of `{wrong.text}`", wrong.line, wrong.file)
+    if inner is None or not inner.line:
+        return Cure(general(check))
     if not rule.absent or _has(rule.right, scope):
         return Cure(f"{general(check)}. This file has nothing that causes it: look at what is before it or behind it")
-    level = scope.level(rule.level) or scope.levels[0][1]
-    return Cure(f"{TITLES[scope.kind]}: put {_quoted(rule.right)} after this line", level.line)
+    return Cure(f"{title}: put {_quoted(rule.right)} after this line", inner.line, inner.file)
+
+
+def _is_for_all(wrong: Node, scope: Scope) -> bool:
+    """Whether it stands where it is meant for other servers too."""
+    http = scope.level("http")
+    return http is not None and any(each is wrong for each in http.inner) and scope.level("location") is not None
 
 
 def _first(rule: Rule, scope: Scope) -> Node | None:
     """The cause nearest to the stream; None too if a nearer level has the cure."""
     matches = _matcher(rule.wrong, scope.path)
     if rule.shortest:
-        in_force = {tuple(node.words[:-1]): node for node in reversed(list(scope.find(matches)))}
-        return min(in_force.values(), key=_seconds(scope.kind), default=None)
+        in_force = {tuple(node.words[:-1]): node for node in reversed(list(scope.before("frontend").find(matches)))}
+        shortest = min(in_force.values(), key=_seconds(scope.kind), default=None)
+        return None if shortest and _is(rule.right, shortest) else shortest
     for _, level in scope.levels:
         if any(_is(rule.right, node) for node in level.inner):
             return None

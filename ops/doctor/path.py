@@ -9,6 +9,7 @@ import replies
 import silence
 import tls
 from finding import Report
+from layout import walk
 from visit import ARRIVE_SECONDS, BROWSER, PLAIN, Asked, Failure, Visit, detail, own_target
 from wire import Answer, Head
 
@@ -93,8 +94,12 @@ def _look_at_config(visit: Visit) -> None:
     scope = visit.scope(visit.target)
     if scope is None or scope.kind != "nginx":
         return
-    versions = [node.words[-1] for node in scope.find(lambda node: node.name == "proxy_http_version")]
-    if not versions or versions[0] == "1.0":
+    for gap in scope.gaps:
+        visit.note(gap)
+    if not any(node.name == "proxy_pass" for _, level in scope.levels[:1] for node in walk(level)):
+        return
+    version = next((node.words[-1] for node in scope.find(lambda node: node.name == "proxy_http_version")), "")
+    if version == "1.0" or not (version or scope.gaps):
         visit.find("backend_http", "nginx speaks HTTP/1.0 to the service", "without chunks nobody can tell a stream "
                    "that was ended from one that broke: nginx tells its clients of a clean end either way")
 

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode
 
+import included
+import layout_haproxy
 from advice import Cure, cure, general
 from finding import Finding, Report
-from layout import LayoutError, Scope, read
+from layout import LayoutError, Scope
 from wire import Answer, Headers, Target, WireError, exchange
 
 from ops.bench.terminal import Progress
@@ -87,7 +89,7 @@ class Visit:
         scope = self.scope(at or self.target)
         cured = cure(check, scope) if scope else Cure(general(check))
         advice = cured.change if cured.line or not change else change
-        file, change = self.asked.config if cured.line else "", "; ".join(filter(None, (advice, also)))
+        file, change = (cured.file or self.asked.config) if cured.line else "", "; ".join(filter(None, (advice, also)))
         self.report.findings.append(Finding(check, seen, breaks, change, file, cured.line))
 
     def _may_know(self, target: Target) -> bool:
@@ -108,7 +110,8 @@ def own_target(target: Target) -> Target:
 def read_config(file: str, target: Target) -> Scope:
     """Raises ValueError."""
     try:
-        return read(Path(file).read_text(), target)
+        text = Path(file).read_text()
+        return layout_haproxy.read(text, target) if layout_haproxy.is_it(text) else included.read(file, target)
     except (OSError, UnicodeDecodeError, LayoutError) as error:
         raise ValueError(f"{file}: {error}") from error
 
