@@ -583,6 +583,25 @@ def test_limits_and_environment_of_the_unit_count_instead_of_those_of_the_shell(
     assert str(place / "pushsvc" / "pushsvc.db") in run.report["facts"]["process"]
 
 
+def test_unit_that_is_installed_is_taken_unless_another_environment_is_named(place: Path) -> None:
+    unit, env = place / "pushsvc.service", place / "b.env"
+    unit.write_text(f"[Service]\nEnvironment=PUSHSVC_JWT_KEY={'k' * 32} PUSHSVC_BIND=0.0.0.0:8000\n")
+    env.write_text("PUSHSVC_AUTH=none\nPUSHSVC_BIND=0.0.0.0:8000\n")
+    script = "import runpy, sys; sys.path.insert(0, 'ops/doctor'); sys.path.insert(0, '.'); import process; " \
+        f"process.UNIT = sys.argv.pop(1); sys.argv += ['--only', 'process', '--config', '{place}/gunicorn.conf.py']; " \
+        "runpy.run_path('ops/doctor', run_name='__main__')"
+
+    def told(*arguments: object) -> str:
+        command = [sys.executable, "-c", script, *map(str, arguments)]
+        done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=PATIENCE, check=False)
+        return " ".join(done.stdout.split())
+
+    assert f"told by {unit}" in told(unit)
+    assert "there is no key" not in told(unit)
+    assert re.search(r"told by \S*b\.env .* there is no key", told(unit, "--env", env))
+    assert "read from this shell's environment" in told(place / "nowhere")
+
+
 def test_drop_ins_and_all_files_of_environment_count_as_for_systemd(place: Path) -> None:
     unit, first, second = place / "pushsvc.service", place / "a.env", place / "b.env"
     first.write_text("PUSHSVC_AUTH=none\nPUSHSVC_BIND=127.0.0.1:8000\n")

@@ -71,7 +71,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", default=str(ROOT / "gunicorn.conf.py"), metavar="FILE",
                         help="gunicorn's (%(default)s)")
     parser.add_argument("--env", default="", metavar="FILE", help="the service's environment, NAME=value a line")
-    parser.add_argument("--unit", default="", metavar="FILE", help="the service's systemd unit, with its drop-ins")
+    parser.add_argument("--unit", default="", metavar="FILE", help="the service's systemd unit, with its drop-ins "
+                        f"({process.UNIT} if it is there and no --env is given)")
     parser.add_argument("--streams", type=int, default=10_000, help="how many are expected at once (%(default)s)")
     parser.add_argument("--only", default="", choices=("process", "path"), help="one part (path: any SSE server)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
