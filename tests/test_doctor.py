@@ -555,13 +555,25 @@ def test_number_of_workers_that_cannot_be_meant_is_found(workers: str, place: Pa
 
 
 @pytest.mark.parametrize(("span", "found"), [("20", True), ("20s", True), ("0min 20 s", True), ("45s", False),
-                                             ("1min", False), ("infinity", False)])
+                                             ("1min", False), ("infinity", False), ("0", False),
+                                             ("45\nTimeoutSec=10", True), ("10\nTimeoutSec=45", False)])
 def test_stop_of_the_unit_that_is_too_short_is_found_however_it_is_written(span: str, found: bool, place: Path) -> None:
     unit = place / "pushsvc.service"
     text = (ROOT / "ops" / "systemd" / "pushsvc.service").read_text()
     text = text.replace("TimeoutStopSec=45", f"TimeoutStopSec={span}").replace("sqlite:/var/lib", f"sqlite:{place}")
     unit.write_text(text)
     assert ("graceful" in process(place, "--unit", str(unit)).checks) is found
+
+
+@pytest.mark.parametrize(("graceful", "found"), [("85", False), ("86", True)])
+def test_stop_of_a_unit_that_says_nothing_is_systemds_own(graceful: str, found: bool, place: Path) -> None:
+    unit = place / "pushsvc.service"
+    unit.write_text(f"[Service]\nEnvironment=PUSHSVC_GRACEFUL_SECONDS={graceful}\n")
+
+    run = process(place, "--unit", str(unit))
+
+    assert [each["seen"] for each in run.report["findings"] if each["check"] == "graceful"] == found * [
+        "the default of TimeoutStopSec is 90 s, graceful_timeout 86 s"]
 
 
 def test_limits_and_environment_of_the_unit_count_instead_of_those_of_the_shell(place: Path) -> None:
@@ -649,6 +661,15 @@ def test_more_streams_than_a_proxy_has_ports_are_found_where_a_proxy_is(place: P
 
     assert {"ports", "http_version"} <= set(run.checks), run.text
     assert "access" not in run.checks
+
+
+def test_unix_socket_needs_no_ports(place: Path) -> None:
+    bind = {"PUSHSVC_BIND": f"unix:{place}/push.sock,127.0.0.1:8000"}
+    run = doctor("--config", str(place / "gunicorn.conf.py"), "--streams", "90000", "--url",
+                 f"http://127.0.0.1:{free_port()}", env=bind)
+
+    assert "ports" not in run.checks, run.text
+    assert "process" in run.report["facts"]
 
 
 def test_service_without_a_key_behind_a_proxy_is_found(place: Path, server: Server) -> None:

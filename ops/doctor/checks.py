@@ -15,6 +15,8 @@ from ops.limits import needs
 from ops.limits.unit import Unit
 
 STOP_MARGIN = 5  # seconds that the master needs after its workers
+STOP_TIMEOUTS = ("TimeoutStopSec", "TimeoutSec")  # the later one counts
+SYSTEMD_STOP_SECONDS = 90.0  # its default
 WORKER = "PushWorker"
 LOOPBACK = ("127.", "::1", "localhost")
 UNIT_SECONDS = {"": 1, "s": 1, "sec": 1, "ms": 0.001, "m": 60, "min": 60, "h": 3600}
@@ -185,7 +187,11 @@ def _file_max(seen: Seen) -> Iterator[Finding]:
 
 
 def _ports(seen: Seen) -> Iterator[Finding]:
-    ports = seen.limits.ports * len(seen.service.gunicorn["addresses"])
+    """A Unix socket, where there is one, needs none."""
+    addresses = seen.service.gunicorn["addresses"]
+    if any(isinstance(address, str) for address in addresses):
+        return
+    ports = seen.limits.ports * len(addresses)
     if seen.asked.behind and seen.asked.streams > ports:
         yield Finding("ports", f"a proxy has {ports} ports to the service; {seen.asked.streams} streams are expected",
                       "when they are used up the proxy answers 502",
@@ -210,12 +216,14 @@ def _graceful(seen: Seen) -> Iterator[Finding]:
 
 
 def _unit(seen: Seen) -> Iterator[Finding]:
-    graceful, line = seen.service.gunicorn["graceful_timeout"], seen.asked.told.last("TimeoutStopSec")
-    waits = _seconds(line.value) if line else None
-    if waits is not None and waits < graceful + STOP_MARGIN:
-        yield Finding("graceful", f"TimeoutStopSec is {waits:g} s, graceful_timeout {graceful} s",
-                      "systemd kills what is still draining", f"TimeoutStopSec={graceful + STOP_MARGIN}",
-                      *seen.of_unit("TimeoutStopSec"))
+    graceful, told = seen.service.gunicorn["graceful_timeout"], seen.asked.told
+    line = next((line for line in reversed(told.lines) if line.name in STOP_TIMEOUTS and line.value), None)
+    waits = _seconds(line.value) if line else SYSTEMD_STOP_SECONDS if seen.asked.unit else None
+    if waits and waits < graceful + STOP_MARGIN:  # to systemd 0 is no bound
+        yield Finding("graceful", f"{line.name if line else 'the default of TimeoutStopSec'} is {waits:g} s, "
+                      f"graceful_timeout {graceful} s", "systemd kills what is still draining",
+                      f"TimeoutStopSec={graceful + STOP_MARGIN}",
+                      *((line.file, line.number) if line else (seen.asked.unit, 0)))
 
 
 def _seconds(text: str) -> float | None:
