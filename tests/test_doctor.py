@@ -296,10 +296,14 @@ class Beats(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     beat, beats = 0.4, 3
+    kind = "text/event-stream; charset=utf-8"
+    more: Mapping[str, str] = {}
 
     def do_GET(self) -> None:
         self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.send_header("Content-Type", self.kind)
+        for name, value in self.more.items():
+            self.send_header(name, value)
         self.send_header("Cache-Control", "no-cache")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
@@ -319,14 +323,18 @@ class Beats(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_path_of_another_server_is_examined_as_far_as_it_can_be() -> None:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Beats) as upstream:
+def look_at(handler: type[Beats], *arguments: str, seconds: str = "3", path: str = "/any/stream") -> Run:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as upstream:
         threading.Thread(target=upstream.serve_forever, daemon=True).start()
         try:
-            url = f"http://127.0.0.1:{upstream.server_port}/any/stream"
-            run = doctor("--only", "path", "--url", url, "--seconds", "3")
+            url = f"http://127.0.0.1:{upstream.server_port}{path}"
+            return doctor("--only", "path", "--url", url, "--seconds", seconds, *arguments)
         finally:
             upstream.shutdown()
+
+
+def test_path_of_another_server_is_examined_as_far_as_it_can_be() -> None:
+    run = look_at(Beats)
 
     assert run.checks == ["http_version", "lifetime"], run.text
     seen = re.match(r"the stream was cut after ([\d.]+) s, .* survived ([\d.]+) s of it", run.finding("lifetime")["seen"])
@@ -334,6 +342,59 @@ def test_path_of_another_server_is_examined_as_far_as_it_can_be() -> None:
     assert Beats.beat * Beats.beats - 0.1 < float(seen[1]) < 3, "it ends soon after its last beat"
     assert Beats.beat / 2 < float(seen[2]) < float(seen[1])
     assert [note.partition(":")[0] for note in run.report["notes"]] == ["whether events arrive at once and resume"]
+
+
+def test_silence_of_what_is_no_stream_is_not_judged() -> None:
+    class Page(Beats):
+        kind, beat = "text/html", 0.1
+
+    run = look_at(Page)
+
+    assert run.checks == ["http_version", "content_type"], run.text
+    assert run.report["notes"] == ["events, resuming and silence: the answer is no event stream"]
+
+
+def test_end_of_the_service_is_not_taken_for_a_cut() -> None:
+    class Dies(Beats):
+        beats = 0
+        ended = False
+
+        def do_GET(self) -> None:
+            if "silence" not in self.path or not Dies.ended:
+                Dies.ended = Dies.ended or "silence" in self.path
+                return super().do_GET()
+            return self.send_error(503)
+
+    run = look_at(Dies, seconds="1")
+
+    assert run.checks == ["http_version"], run.text
+    assert "nothing opens another since" in run.report["notes"][-1]
+
+
+@pytest.mark.parametrize(("more", "seen", "breaks"), [
+    ({}, "the preflight (501) allows no origin", "those pages of https://app.example only that send headers themselves"),
+    ({"Access-Control-Allow-Credentials": "true"}, "the stream (200) allows *", "from pages of https://app.example"),
+], ids=["anybody", "anybody with cookies"])
+def test_origin_may_be_any_unless_cookies_count(more: dict[str, str], seen: str, breaks: str) -> None:
+    shares = type("Shares", (Beats,), {"more": {"Access-Control-Allow-Origin": "*"} | more})
+
+    found = look_at(shares, *CORS, seconds="0.1").finding("cors")
+
+    assert found["seen"].startswith(seen)
+    assert breaks in found["breaks"]
+
+
+def test_topic_of_our_own_is_named_beside_a_token_in_the_query() -> None:
+    asked: list[str] = []
+
+    class Listed(Beats):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            super().do_GET()
+
+    look_at(Listed, seconds="0.1", path="/?access_token=T")
+
+    assert re.fullmatch(r"/events\?access_token=T&topic=doctor-[0-9a-f]{12}", asked[0])
 
 
 @pytest.fixture(scope="module")

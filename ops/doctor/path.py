@@ -10,15 +10,14 @@ import silence
 import tls
 from finding import Report
 from layout import walk
-from visit import ARRIVE_SECONDS, BROWSER, PLAIN, Asked, Failure, Visit, detail, own_target
-from wire import Answer, Head
+from visit import ARRIVE_SECONDS, BROWSER, GATEWAY, PLAIN, Asked, Failure, Visit, detail, own_target
+from wire import STREAM, Answer, Head
 
 from ops.bench.terminal import Progress
 
 MOST_REDIRECTS = 5
 REDIRECTS = (301, 302, 303, 307, 308)
 REFUSALS = (401, 403)
-GATEWAY = (502, 503, 504)  # "a gateway or proxy" has no good answer of the service (RFC 9110, section 15.6)
 
 
 class Unexamined(Exception):
@@ -31,8 +30,8 @@ def examine(asked: Asked, progress: Progress) -> Report:
         _follow(visit)
         _look_at_connection(visit)
         _look_at_config(visit)
-        if _look_at_answer(visit):
-            _listen(visit)
+        if head := _look_at_answer(visit):
+            _listen(visit, head.media_type == STREAM)
     except Unexamined as error:
         visit.report.failed.append(f"the path: {error}")
     except (*Failure, ValueError) as error:  # ValueError: a redirect to what is no address
@@ -104,19 +103,19 @@ def _look_at_config(visit: Visit) -> None:
                    "that was ended from one that broke: nginx tells its clients of a clean end either way")
 
 
-def _look_at_answer(visit: Visit) -> bool:
-    """Whether a stream opens. Raises Unexamined for what is the service's own refusal."""
+def _look_at_answer(visit: Visit) -> Head | None:
+    """The head of the stream; None if none opens. Raises Unexamined for what is the service's own refusal."""
     with visit.open(BROWSER) as answer:
         try:
             head = answer.wait_head(ARRIVE_SECONDS)
         except TimeoutError:
             marks.tell_held_back(visit, answer)
-            return False
+            return None
         if head.status != 200:
             _refused(visit, head, answer)
-            return False
+            return None
     _look_at_head(visit, head)
-    return True
+    return head
 
 
 def _refused(visit: Visit, head: Head, answer: Answer) -> None:
@@ -135,7 +134,7 @@ def _refused(visit: Visit, head: Head, answer: Answer) -> None:
 def _look_at_head(visit: Visit, head: Head) -> None:
     kind = head.get("content-type") or "(none)"
     visit.report.facts["answer"] = f"HTTP/{head.version} {head.status}, Content-Type: {kind}"
-    if head.media_type != "text/event-stream":
+    if head.media_type != STREAM:
         visit.find("content_type", f"Content-Type: {kind}", "an EventSource takes nothing but text/event-stream: it "
                    "fails, and never comes back")
     if coding := head.get("content-encoding"):
@@ -150,16 +149,19 @@ def _look_at_head(visit: Visit, head: Head) -> None:
                    "for its end before it passes it on")
 
 
-def _listen(visit: Visit) -> None:
-    """What needs an open stream; silence takes longest, so it is listened to meanwhile."""
-    listening = silence.start(visit)
-    for step in (marks.examine, replies.errors, replies.access, replies.cors, replies.headers):
-        visit.progress.hint(f"examining {step.__doc__}", listening.part(), 1)
+def _listen(visit: Visit, is_stream: bool) -> None:
+    """What needs an open stream, and other replies; silence takes longest, so it is listened to meanwhile."""
+    listening = silence.start(visit) if is_stream else None
+    if not is_stream:
+        visit.note("events, resuming and silence: the answer is no event stream")
+    for step in (*(marks.examine,) * is_stream, replies.errors, replies.access, replies.cors, replies.headers):
+        visit.progress.hint(f"examining {step.__doc__}", listening.part() if listening else 0, 1)
         try:
             step(visit)
         except Failure as error:
             visit.note(f"{step.__doc__}: {error or 'no answer in time'}")
-    silence.wait(visit, listening)
+    if listening:
+        silence.wait(visit, listening)
 
 
 def _bare(url: str) -> str:

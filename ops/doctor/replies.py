@@ -36,9 +36,12 @@ def cors(visit: Visit) -> None:
     wanted = {"Origin": origin, "Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": ",".join(TAKES)}
     preflight, _ = exchange(visit.target, wanted, "OPTIONS", seconds=ANSWER_SECONDS)
     stream = _head_of(visit, visit.target, {"Origin": origin})
-    problems = [*_shares(stream, origin, "the stream"), *_shares(preflight, origin, "the preflight"), *_allows(preflight)]
+    kept = [*_shares(stream, origin, "the stream")]
+    problems = [*kept, *_shares(preflight, origin, "the preflight"), *_allows(preflight)]
+    who = f"pages of {origin}" if kept else (f"those pages of {origin} only that send headers themselves; an "
+                                             "EventSource asks for no leave before")
     if problems:
-        visit.find("cors", "; ".join(problems), f"a browser keeps the stream from pages of {origin}",
+        visit.find("cors", "; ".join(problems), f"a browser keeps the stream from {who}",
                    also=f"in the service PUSHSVC_CORS_ORIGINS={origin}")
 
 
@@ -62,7 +65,8 @@ def _head_of(visit: Visit, target: Target, fields: dict[str, str]) -> Head:
 def _shares(head: Head, origin: str, what: str) -> Iterator[str]:
     """What a browser has against the answer (WHATWG Fetch, CORS check)."""
     values = head.all("access-control-allow-origin")
-    if values != [origin]:
+    to_all = values == ["*"] and head.get("access-control-allow-credentials") != "true"
+    if values != [origin] and not to_all:
         yield f"{what} ({head.status}) allows {' and '.join(values) or 'no origin'}, not once and exactly {origin}"
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from urllib.parse import parse_qsl, urlencode
 
-from visit import ARRIVE_SECONDS, OWN, PLAIN, Failure, Visit
+from visit import ARRIVE_SECONDS, GATEWAY, OWN, PLAIN, Failure, Visit
 from wire import Answer, Target
 
 AT_ONCE = 0.05  # bytes that come closer together came together
@@ -106,12 +106,24 @@ def _said_why(answer: Answer) -> bool:
     return answer.clean and bool(answer.reader.comments) and answer.reader.comments[-1] not in ("", "open")
 
 
+def _answers(visit: Visit) -> bool:
+    """Whether there is still a service that opens such a stream."""
+    try:
+        with visit.open(PLAIN, _quiet(visit.target)) as answer:
+            return answer.wait_head(ARRIVE_SECONDS).status not in GATEWAY
+    except Failure:
+        return False
+
+
 def _tell(visit: Visit, heard: Heard) -> None:
     beat = f"a heartbeat every {heard.beat:.1f} s" if heard.beat else f"no heartbeat in {heard.silent:.1f} s"
     visit.report.facts["silence"] = beat
     if not heard.cut:
         if not heard.beat:
             visit.note("what becomes of a longer silence: no heartbeat came; listen for longer with --seconds")
+        return
+    if not _answers(visit):
+        visit.note(f"what silence does: the stream ended after {heard.lasted:.1f} s, and nothing opens another since")
         return
     if heard.silent < heard.beat * SURVIVED:
         visit.find("lifetime", f"the stream was cut after {heard.lasted:.1f} s, and not for its silence: it had "

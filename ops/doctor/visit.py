@@ -24,6 +24,7 @@ FILLERS, FILLER_BYTES = 6, 60_000  # more than proxies hold back
 BROWSER = {"Accept": "text/event-stream", "Accept-Encoding": "gzip, deflate, br, zstd", "Cache-Control": "no-cache"}
 PLAIN = BROWSER | {"Accept-Encoding": "identity"}
 OWN = "doctor-"  # what the doctor's own topics begin with
+GATEWAY = (502, 503, 504)  # "a gateway or proxy" has no good answer of the service (RFC 9110, section 15.6)
 FORM = "application/x-www-form-urlencoded"
 Failure = (OSError, WireError)  # a TimeoutError is an OSError
 
@@ -104,7 +105,10 @@ class Visit:
 def own_target(target: Target) -> Target:
     """A stream on a topic of our own, where the address names none: nobody else is to see what is published."""
     path, _, query = target.path.partition("?")
-    return target if query else target.at(f"{'/events' if path == '/' else path}?topic={OWN}{secrets.token_hex(6)}")
+    if "topic" in dict(parse_qsl(query, keep_blank_values=True)):
+        return target
+    named = ("/events" if path == "/" else path) + (f"?{query}" if query else "")
+    return target.at(named).with_field(f"topic={OWN}{secrets.token_hex(6)}")
 
 
 def read_config(file: str, target: Target) -> Scope:

@@ -18,6 +18,7 @@ HEAD_BYTES = 65_536
 READ_BYTES = 65_536
 BODY_BYTES = 1 << 20
 CONNECT_SECONDS = 10.0
+STREAM = "text/event-stream"
 PORTS = {"http": 80, "https": 443}
 Headers = Mapping[str, str]
 
@@ -206,7 +207,7 @@ class Answer:
         elif self._left is not None:
             self._left -= len(data)
             self._end_if(self._left <= 0)
-        if self.head is not None and self.head.media_type == "text/event-stream":
+        if self.head is not None and self.head.media_type == STREAM:
             self.reader.feed(data)
         else:
             self.body += data
