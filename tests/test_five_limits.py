@@ -9,7 +9,6 @@ import http.client
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,13 +18,13 @@ from typing import Any
 import pytest
 
 from tests.support.client import request
-from tests.support.programs import missing
+from tests.support.programs import missing, program
 from tests.support.server import ROOT, Server
 
 SHOW = ROOT / "ops" / "limits" / "show.py"
 STREAMS = {1: 300, 2: 200, 3: 90, 4: 100, 5: 2000}
 TIMEOUT = 90
-CANNOT = 3
+USAGE, CANNOT = 2, 3
 
 Figures = dict[str, Any]
 Shown = Callable[[int], dict[str, list[Figures]]]
@@ -34,9 +33,8 @@ Shown = Callable[[int], dict[str, list[Figures]]]
 @pytest.fixture(scope="module")
 def shown() -> Iterator[Shown]:
     """Asks for one limit's figures: name of the phase -> those of each such phase."""
-    for program in ("ip", "haproxy"):
-        if shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin") is None:
-            missing(f"{program} is not installed")
+    for name in ("ip", "haproxy"):
+        program(name)
     if os.geteuid() != 0:
         missing("a network namespace needs root")
     running = {limit: subprocess.Popen([sys.executable, str(SHOW), str(limit), "--json", "--streams", str(streams)],
@@ -138,6 +136,22 @@ def test_worker_that_is_short_of_memory_refuses_streams_before_the_kernel_kills_
     assert after["told_to_come_back"] > 0
     assert (after["lost"], after["same_worker"]) == (0, True)
     assert (after["health"], after["publish"]) == ("200", "200")
+
+
+@pytest.mark.parametrize(("limit", "streams"), [(limit, streams) for limit in STREAMS for streams in (-5, 0, 1_000_000)])
+def test_scale_that_cannot_be_shown_is_wrong_usage(limit: int, streams: int) -> None:
+    done = subprocess.run([sys.executable, str(SHOW), str(limit), "--streams", str(streams)], capture_output=True,
+                          text=True, timeout=TIMEOUT, check=False)
+    assert done.returncode == USAGE
+    assert f"--streams of {limit}: " in done.stderr
+
+
+def test_scale_for_which_there_are_no_descriptors_cannot_be_shown_here() -> None:
+    few = [program("prlimit"), "--nofile=300:300"]
+    done = subprocess.run([*few, sys.executable, str(SHOW), "1", "--streams", "1000"], capture_output=True, text=True,
+                          timeout=TIMEOUT, check=False)
+    assert done.returncode == CANNOT, done.stderr
+    assert re.fullmatch("show: .+\n", done.stderr)
 
 
 # --- The pages -------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import argparse
 import importlib
 import json
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,6 +26,8 @@ from stage import PROGRESS, NotHere, Show, raise_descriptors
 from ops.bench.terminal import answered  # stage has put the project's folder on the path
 
 MODULES = {"1": "pending", "2": "threads", "3": "ports", "4": "descriptors", "5": "memory"}
+# --streams, least and most: what fills the limit, and what its other parts hold (queues, ports, the proxy)
+BOUNDS = {"1": (256, 4000), "2": (1, 20_000), "3": (30, 3000), "4": (50, 10_000), "5": (1000, 20_000)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,13 +36,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--streams", type=int, help="how many (each has a number of its own)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     options = parser.parse_args(arguments)
+    least, most = BOUNDS[options.limit]
+    if options.streams is not None and not least <= options.streams <= most:
+        parser.error(f"--streams of {options.limit}: {least} to {most}")
     raise_descriptors()
     signal.signal(signal.SIGTERM, _end)
     try:
         module = importlib.import_module(MODULES[options.limit])
         with PROGRESS:
-            show: Show = module.run(**({"streams": options.streams} if options.streams else {}))
-    except NotHere as error:
+            show: Show = module.run(**({} if options.streams is None else {"streams": options.streams}))
+    except (NotHere, OSError, subprocess.SubprocessError) as error:  # too few descriptors for so many, say
         print(f"show: {error}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
