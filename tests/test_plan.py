@@ -350,6 +350,28 @@ def test_exit_code_tells_whether_the_load_fits(tmp_path: Path) -> None:
     assert plan(*REQUIRED, "--calibration", file, "--memory-gb", 0.1).returncode == 1
 
 
+@pytest.mark.parametrize(("sockets", "proxy"), [(1, False), (3, True)])
+def test_settings_of_the_kernel_that_are_too_small_are_those_that_limits_finds(
+    sockets: int, proxy: bool, tmp_path: Path
+) -> None:
+    calibration.save(KNOWN, tmp_path / "file")
+    done = plan("--users", 5_000_000, *REQUIRED[2:], "--sockets", sockets, "--calibration", tmp_path / "file", "--json")
+    told = json.loads(done.stdout)["assumptions"][-1]
+    command = re.findall(r"`python (.+?)`", told)[0].split()
+    assert ("--no-proxy" in command) is not proxy
+
+    looked = subprocess.run([sys.executable, *command, "--json"], cwd=ROOT, text=True, capture_output=True,
+                            timeout=TIMEOUT, check=False)
+    small = [limit for limit in json.loads(looked.stdout)["limits"] if "." in limit["name"]
+             and limit["state"] in ("small", "later") and "tcp_mem" not in limit["name"]]  # of the memory in the file
+
+    assert "net.ipv4.tcp_max_orphans" in [limit["name"] for limit in small]
+    for limit in small:
+        have, need = (" ".join(map(str, limit[each])) for each in ("have", "need"))
+        assert f"{limit['name']} is {have}, needs {need}" in told
+    assert told.count(", needs ") - told.count("tcp_mem is") == len(small)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_calibration_that_is_broken_off_ends_with_130_and_keeps_nothing(number: int, tmp_path: Path) -> None:
     measuring = subprocess.Popen([sys.executable, "ops/plan", *map(str, REQUIRED), "--calibrate", "--calibration",

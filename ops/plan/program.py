@@ -24,6 +24,7 @@ from ops.bench.terminal import Progress
 from ops.plan import calibration, sheet
 from ops.plan.calibration import Calibration
 from ops.plan.errors import PlanError
+from ops.plan.kernel import too_small
 from ops.plan.load import Load
 from ops.plan.machine import Machine
 from ops.plan.needs import needs
@@ -60,10 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _show(load: Load, machine: Machine, settings: Settings, known: Calibration, is_json: bool) -> int:
     need = needs(load, known.costs, machine, settings)
     found = walls(load, known.costs, machine, settings, need)
+    small = too_small(load, machine, settings, need)
     if is_json:
-        print(json.dumps(sheet.as_json(load, machine, settings, known, need, found), indent=1))
+        print(json.dumps(sheet.as_json(load, machine, settings, known, need, found, small), indent=1))
     else:
-        print(sheet.as_text(load, machine, settings, known, need, found))
+        print(sheet.as_text(load, machine, settings, known, need, found, small))
     return 0 if sheet.fits(found) else 1
 
 

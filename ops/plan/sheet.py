@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from ops.limits.needs import UNEVEN
 from ops.plan.calibration import Calibration
+from ops.plan.kernel import command
 from ops.plan.load import Load
 from ops.plan.machine import Machine
 from ops.plan.needs import HOUR, PACKET_BYTES, PUBLISH_BYTES, REQUEST_BYTES, Needs, rates
@@ -55,16 +57,21 @@ def _proxies(load: Load, machine: Machine) -> str:
             f"stream; between two addresses there can be {machine.ports:,} (net.ipv4.ip_local_port_range).")
 
 
+def _kernel(load: Load, need: Needs, small: Sequence[str]) -> str:
+    told = f"too small on this machine: {'; '.join(small)}" if small else "none too small on this machine"
+    return f"Settings of the kernel: `{command(load, need)}` has to find all enough; {told}."
+
+
 def as_json(load: Load, machine: Machine, settings: Settings, calibration: Calibration, need: Needs,
-            found: list[Wall]) -> dict[str, Any]:
-    """Bytes, cores, seconds. A wall's `reach` null: no such load meets it. first_wall: nearest; first_hard_wall: the
-    nearest that no setting moves."""
+            found: list[Wall], small: Sequence[str] = ()) -> dict[str, Any]:
+    """Bytes, cores, seconds. small: settings of the kernel that are. A wall's `reach` null: no such load meets it.
+    first_wall: nearest; first_hard_wall: the nearest that no setting moves."""
     hard = next(wall for wall in found if not wall.is_setting)
     return {"fits": fits(found), "load": asdict(load), "machine": asdict(machine),
             "settings": {name: getattr(settings, name) for name in USED}, "calibration": asdict(calibration),
             "rates": asdict(rates(load, settings)), "needs": asdict(need), "walls": [_wall(load, wall) for wall in found],
             "first_wall": found[0].name, "first_hard_wall": hard.name,
-            "assumptions": assumptions(load, machine, settings, calibration)}
+            "assumptions": [*assumptions(load, machine, settings, calibration), _kernel(load, need, small)]}
 
 
 def _wall(load: Load, wall: Wall) -> dict[str, Any]:
@@ -78,10 +85,11 @@ def fits(found: list[Wall]) -> bool:
 
 
 def as_text(load: Load, machine: Machine, settings: Settings, calibration: Calibration, need: Needs,
-            found: list[Wall]) -> str:
+            found: list[Wall], small: Sequence[str] = ()) -> str:
     facts = _rows(_facts(load, machine, settings, need))
     table = _rows([("wall", "reach", "users", "need", "limit", "setting"), *(_line(load, wall) for wall in found)])
-    notes = "\n".join(f"- {each}" for each in assumptions(load, machine, settings, calibration))
+    assumed = [*assumptions(load, machine, settings, calibration), _kernel(load, need, small)]
+    notes = "\n".join(f"- {each}" for each in assumed)
     return f"{facts}\n\n{table}\n\n{verdict(load, found)}\n\nAssumed:\n{notes}"
 
 
