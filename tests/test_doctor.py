@@ -129,6 +129,9 @@ SCENARIOS = [
     nginx("compresses by what is above", "compression", LOCATION, without("gzip off;")),
     nginx("compresses", "compression", "gzip on;", ("gzip off;", "gzip on;")),
     nginx("cuts off soon", "idle", "proxy_read_timeout 1;", ("proxy_read_timeout 5m;", "proxy_read_timeout 1;")),
+    nginx("cuts off soon in a location within", "idle", "proxy_read_timeout 1;", (LOCATION, "location /events {\n"
+          "    location =/events {"), ("send_timeout 1m;", "send_timeout 1m; }"),
+          ("proxy_read_timeout 5m;", "proxy_read_timeout 1;")),
     nginx("has no HTTP/2", "http_version", " ssl;", (" ssl http2;", " ssl;")),
     nginx("strips the last id", "last_event_id", "Last-Event-ID", into(LOCATION, 'proxy_set_header Last-Event-ID "";')),
     nginx("adds an origin", "cors", "add_header Access", into(LOCATION, "add_header Access-Control-Allow-Origin *;"),
@@ -160,6 +163,9 @@ SCENARIOS = [
     haproxy("buffers", "buffering", "wait-for-body", into(BACKEND, "http-response wait-for-body time 20s")),
     haproxy("compresses", "compression", "compression algo", into(BACKEND, "compression algo gzip")),
     haproxy("cuts off soon", "idle", "timeout server 1s", ("timeout server 5m", "timeout server 1s")),
+    haproxy("cuts off soon by other defaults", "idle", "timeout server 1s", (BACKEND, "\ndefaults\n    mode http\n"
+            "    option http-no-delay\n    timeout connect 5s\n    timeout client 1m\n"
+            f"    timeout server 1s\n{BACKEND}")),
     haproxy("has no HTTP/2", "http_version", "ssl crt", without(" alpn h2,http/1.1")),
     haproxy("strips the last id", "last_event_id", "del-header Last-Event-ID",
             into(FRONTEND, "http-request del-header Last-Event-ID")),
