@@ -851,7 +851,7 @@ def test_user_of_the_unit_that_is_not_there_leaves_the_rights_unexamined(place: 
 
 
 def test_disk_that_history_may_outgrow_is_found(place: Path) -> None:
-    found = process(place, env={"PUSHSVC_HISTORY_BYTES": str(1 << 60)}).finding("disk")
+    found = process(place, env={"PUSHSVC_HISTORY_BYTES": str(1 << 49)}).finding("disk")
 
     assert "GiB are free" in found["seen"]
 
