@@ -468,6 +468,28 @@ def test_one_script_takes_away_so_much_and_the_next_ones_the_rest(server: Redis,
     assert not sum(client.xlen(f"pushsvc:t:{topic}") for topic in "abcd")
 
 
+def test_one_script_takes_away_so_much_of_what_are_too_many_and_the_next_ones_the_rest(
+        server: Redis, opened: Open, client: Any) -> None:
+    side = opened(server, history_events=10_000)
+    for start in range(0, 6000, 2000):
+        side.broker.append([Draft((topic,), str(start + number)) for topic in "abcd" for number in range(2000)])
+    fewer = opened(server, history_events=10)
+
+    def lengths() -> list[int]:
+        return [client.xlen(f"pushsvc:t:{topic}") for topic in "abcd"]
+
+    fewer.broker.append([Draft((topic,), "6000") for topic in "abcd"])
+    assert 3900 <= sum(lengths()) <= 4100, "20,000 of 24,000 have left"
+    for topic, length in zip("abcd", lengths(), strict=True):
+        held = fewer.history(topic)
+        assert [event.data for event in held] == [str(number) for number in range(6001 - length, 6001)]
+        assert fewer.missing(topic) < held[0].seq, "a page begins behind what it tells as missing"
+        assert not fewer.missing(topic, after=held[0].seq)
+    assert fewer.missing("a")
+    fewer.broker.append([Draft((topic,), "6001") for topic in "abcd"])
+    assert lengths() == [10] * 4
+
+
 def test_clock_that_goes_back_keeps_nothing_beyond_its_age(server: Redis, opened: Open, client: Any) -> None:
     side = opened(server, history_seconds=1)
     put(side, "of the hour that was ahead")

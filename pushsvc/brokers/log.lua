@@ -25,7 +25,7 @@ local P = KEYS[1]
 local LOG, AGES, LAST, LOST = P .. 'log', P .. 'ages', P .. 'last', P .. 'lost'
 local MARKS = 100000
 local SWEEP, SWEEP_FULL = 4, 64 -- idle topics that a publish takes away at least, and one that a full Redis refuses
-local budget = 20000 -- entries and topics that one script takes away for their age: Redis serves nobody meanwhile
+local budget = 20000 -- entries and topics that one script takes away at most: Redis serves nobody meanwhile
 
 local function text(number)
   return string.format('%.0f', number)
@@ -134,11 +134,15 @@ local function trim_old(log, topic)
   return log.cut == 0
 end
 
-local function trim_many(log, topic, length)
-  while length > log.events do
-    local entries = redis.call('XRANGE', P .. 't:' .. topic, '-', '+', 'COUNT', math.min(200, length - log.events))
+-- What is more than history is to hold: of the oldest `least` in any case, more of them within the budget.
+local function trim_many(log, topic, least)
+  local over = redis.call('XLEN', P .. 't:' .. topic) - log.events
+  over = math.min(over, least + math.max(budget, 0))
+  budget = budget - math.max(over - least, 0)
+  while over > 0 do
+    local entries = redis.call('XRANGE', P .. 't:' .. topic, '-', '+', 'COUNT', math.min(200, over))
     trim(log, topic, entries)
-    length = length - #entries
+    over = over - #entries
   end
 end
 
