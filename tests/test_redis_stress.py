@@ -76,6 +76,32 @@ def test_a_full_server_goes_on_by_itself_when_its_events_are_too_old(topic: str,
         eventually(lambda: not side.broker.check(), TIMEOUT)  # type: ignore[func-returns-value]
 
 
+@pytest.mark.parametrize("busy", ["t0", "new"])
+def test_a_full_server_goes_on_by_itself_when_history_is_to_hold_fewer_events(
+        busy: str, server: Redis, opened: Open) -> None:
+    """What is asked of it is refused: those refusals make room, also of topics that nobody publishes to."""
+    side = opened(server)
+    with contextlib.closing(server.client()) as client:
+        client.config_set("stream-node-max-bytes", 512)
+        for _ in range(2):
+            side.broker.append([Draft((f"t{number % 400}",), "x" * 100) for number in range(8000)])
+        client.config_set("maxmemory", client.info("memory")["used_memory"] - 500_000)
+        with pytest.raises(BrokerUnavailable, match="maxmemory"):
+            put(side, "refused", busy)
+        assert client.xlen("pushsvc:t:t0") == 40
+        fewer = opened(server, history_events=10)
+        eventually(lambda: put(fewer, "again", busy), TIMEOUT)
+        client.config_set("maxmemory", "100kb")
+
+        def is_thinned() -> bool:
+            with pytest.raises(BrokerUnavailable, match="maxmemory"):
+                put(fewer, "refused", busy)
+            return all(client.xlen(f"pushsvc:t:t{number}") == 10 for number in range(400))
+
+        eventually(is_thinned, TIMEOUT)
+        assert not client.hexists("pushsvc:log", "thin"), "once"
+
+
 def test_an_event_that_is_published_again_is_acknowledged_only_when_replicas_have_it(
         server: Redis, opened: Open) -> None:
     with Redis(server.directory / "replica") as replica, contextlib.closing(replica.client()) as client:

@@ -4,7 +4,8 @@
 --                      start: the sequence that the epoch began after; at: when the newest event was published;
 --                      events, age, window: what retention and idempotency ask (events per topic, ms, s); cut: newest sequence that is too old for history; check: when
 --                      the newest entry of P ages was made; due: when the oldest one is due, 0: never; swept: how far idle
---                      topics have been swept; floor: newest sequence whose mark P lost has forgotten
+--                      topics have been swept; floor: newest sequence whose mark P lost has forgotten; thin: how far
+--                      all topics have been looked through for what are too many, since events was set anew
 --   P past     HASH    earlier epoch -> the sequence at which it ended; numbers go on through all epochs
 --   P ages     LIST    "SEQ AT", oldest first: events up to SEQ were published at AT (ms) or before
 --   P last     ZSET    topic -> sequence of the newest event published to it, kept or not
@@ -24,7 +25,7 @@
 local P = KEYS[1]
 local LOG, AGES, LAST, LOST = P .. 'log', P .. 'ages', P .. 'last', P .. 'lost'
 local MARKS = 100000
-local SWEEP, SWEEP_FULL = 4, 64 -- idle topics that a publish takes away at least, and one that a full Redis refuses
+local SWEEP, SWEEP_FULL = 4, 64 -- idle topics that a publish sees to at least, and one that a full Redis refuses
 local budget = 20000 -- entries and topics that one script takes away at most: Redis serves nobody meanwhile
 
 local function text(number)
@@ -143,6 +144,23 @@ local function trim_many(log, topic, least)
     local entries = redis.call('XRANGE', P .. 't:' .. topic, '-', '+', 'COUNT', math.min(200, over))
     trim(log, topic, entries)
     over = over - #entries
+  end
+end
+
+-- After events was set anew: all topics, once, some at a time.
+local function thin_out(log, most)
+  local place = redis.call('HGET', LOG, 'thin')
+  if not place then
+    return
+  end
+  local found = redis.call('ZSCAN', LAST, place, 'COUNT', most)
+  for number = 1, #found[2], 2 do
+    trim_many(log, found[2][number], 0)
+  end
+  if budget > 0 and found[1] ~= '0' then
+    redis.call('HSET', LOG, 'thin', found[1])
+  elseif budget > 0 then
+    redis.call('HDEL', LOG, 'thin')
   end
 end
 

@@ -41,6 +41,8 @@ for place, name in ipairs({'events', 'age', 'window'}) do
     write('HSET', LOG, name, wanted)
     if name == 'age' then
       redis.call('HSET', LOG, 'due', 1) -- to be worked out anew
+    elseif name == 'events' then
+      redis.call('HSET', LOG, 'thin', 0)
     end
   end
 end

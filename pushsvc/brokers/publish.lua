@@ -1,7 +1,7 @@
 -- Appends events, all or none, in one stretch of the order, and tells those who listen.
 -- ARGV: C, the idempotency key or an empty string, then for each event: how many topics, the topics, KEEP, KEY, and
 -- BODY without its first line. Returns "EPOCH FIRST COUNT"; without events it only tries whether it can write. A full
--- Redis refuses it, and is rid of what is too old in these topics, and in some that are idle.
+-- Redis refuses it, and is rid of what is too old or too many in these topics, and in some that are idle.
 
 local C, idempotency = ARGV[1], ARGV[2]
 local INLINE = 32 -- an event of more topics is not sent with each of its messages, but fetched once
@@ -32,10 +32,12 @@ local function make_room()
   while ARGV[at] do
     for place = 1, tonumber(ARGV[at]) do
       trim_old(log, ARGV[at + place])
+      trim_many(log, ARGV[at + place], 0)
     end
     at = at + tonumber(ARGV[at]) + 4
   end
   sweep(log, SWEEP_FULL)
+  thin_out(log, SWEEP_FULL)
 end
 
 -- The first thing written is one that a full Redis refuses: from then on it lets this script end.
