@@ -1,6 +1,7 @@
 """Positions: where in the log a client stands. `EPOCH-SEQ` on the wire, opaque to clients.
 
-The epoch names one life of the log (a new or restored log has a new one), the sequence counts its events from 1.
+The epoch names one life of the log (a new or restored log has a new one), the sequence counts its events, from 1 or, in
+Redis, from where no log before it can have come.
 Epochs are 11 hexadecimal digits of milliseconds since 1970, so that the ids of one deployment grow.
 """
 

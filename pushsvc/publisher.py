@@ -29,8 +29,8 @@ MOST_SECONDS = 86_400.0
 
 class Publisher:
     """One connection to the log at `url`, opened when it is first needed and again after it broke. Threads may share
-    it, and a forked process gets one of its own. Retention is what the service has set. What may be published together
-    is what the HTTP API takes by default: 10,000 events and 1 MiB of data.
+    it, and a forked process gets one of its own. Retention is what the service has set; in a new log its defaults, until
+    a worker comes. What may be published together is what the HTTP API takes by default: 10,000 events and 1 MiB of data.
 
     prefix: as PUSHSVC_REDIS_PREFIX. replicas: as PUSHSVC_REDIS_REPLICAS. timeout: seconds that an answer may take, more
     than 0 and at most a day. Raises SettingsError for what cannot be meant, and for a URL that is none of Redis.

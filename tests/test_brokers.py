@@ -176,8 +176,11 @@ def test_the_head_is_the_newest_position_whatever_became_of_its_event(fresh: Sid
 
 
 def test_the_head_of_a_new_log_has_seen_nothing(fresh: Side) -> None:
-    assert fresh.broker.head().seq == 0
-    assert str(fresh.broker.head()).endswith("-0")
+    begin = fresh.broker.head()
+    assert fresh.history("a") == []
+    assert fresh.missing("a") == 0
+    assert fresh.broker.append([draft()]) == [Position(begin.epoch, begin.seq + 1)]
+    assert [event.seq for event in fresh.history("a")] == [begin.seq + 1]
 
 
 # --- history

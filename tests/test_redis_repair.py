@@ -204,6 +204,36 @@ def test_a_loss_is_told_also_when_it_is_forgotten_of_which_topic(
 # --- what a server has lost or refuses
 
 
+@pytest.mark.parametrize("first", ["a publisher", "another worker"])
+def test_who_knows_of_no_log_and_comes_first_to_an_emptied_server_begins_one_that_goes_on(
+        first: str, server: Redis, opened: Open, publisher: Publisher, client: Any) -> None:
+    side = opened(server, history_events=100, history_seconds=3600)
+    old = put(side, "old")
+    side.heard(1)
+    client.flushall()
+    if first == "a publisher":
+        new = publisher.publish("a", "new")
+        assert client.hmget("pushsvc:log", "events", "age") == [None, None], "it has no say in retention"
+    else:
+        new = str(put(opened(server, history_events=100, history_seconds=3600), "new"))
+    eventually(lambda: data(side) == ["old", "new"], TIMEOUT)
+    (since, goes_on), = side.gaps
+    assert since == old
+    assert old.seq < goes_on.seq < seq_of(new)
+    assert len(side.resets) == 2, "nothing else is told"
+    assert side.broker.precedes(old.epoch)
+    assert client.hmget("pushsvc:log", "events", "age") == ["100", "3600000"]
+
+
+def test_a_log_of_which_nobody_has_told_the_retention_has_that_of_the_defaults(
+        server: Redis, publisher: Publisher, client: Any) -> None:
+    for start in (0, 6000):
+        publisher.publish_batch(texts(*range(start, start + 6000)))
+    assert client.xlen("pushsvc:t:a") == 10_000
+    publisher.publish("a", "x", idempotency_key="key")
+    assert 86_000 < client.ttl("pushsvc:i:\nkey") <= 86_400
+
+
 def test_a_sequence_that_has_gone_back_in_one_life_of_a_server_begins_a_new_epoch(
         server: Redis, opened: Open, client: Any) -> None:
     side = opened(server)
@@ -402,8 +432,8 @@ def test_a_wait_for_replicas_keeps_no_stream_from_opening(server: Redis, opened:
     side = opened(server, redis_replicas=1, publish_timeout_seconds=5)
     side.broker.head()
     putting = gevent.spawn(put, side, "nobody else has it")
-    eventually(lambda: side.history("a"))
-    assert side.broker.head().seq == 1
+    event, = eventually(lambda: side.history("a"))
+    assert side.broker.head().seq == event.seq
     assert not putting.ready()
     with pytest.raises(BrokerUnavailable, match="0 of 1 replicas"):
         putting.get(timeout=TIMEOUT)
@@ -492,10 +522,10 @@ def test_one_script_takes_away_so_much_of_what_are_too_many_and_the_next_ones_th
 
 def test_clock_that_goes_back_keeps_nothing_beyond_its_age(server: Redis, opened: Open, client: Any) -> None:
     side = opened(server, history_seconds=1)
-    put(side, "of the hour that was ahead")
+    first = put(side, "of the hour that was ahead")
     ahead = int(client.time()[0]) * 1000 + 3_600_000
     client.hset("pushsvc:log", mapping={"at": ahead, "check": ahead, "due": ahead})
-    client.rpush("pushsvc:ages", f"1 {ahead}")
+    client.rpush("pushsvc:ages", f"{first.seq} {ahead}")
 
     def is_rid_of_it() -> bool:
         put(side, "x")

@@ -26,6 +26,7 @@ local P = KEYS[1]
 local LOG, AGES, LAST, LOST = P .. 'log', P .. 'ages', P .. 'last', P .. 'lost'
 local MARKS = 100000
 local SWEEP, SWEEP_FULL = 4, 64 -- idle topics that a publish sees to at least, and one that a full Redis refuses
+local DEFAULTS = {events = 10000, age = 86400000, window = 86400} -- until a worker has told its own
 local budget = 20000 -- entries and topics that one script takes away at most: Redis serves nobody meanwhile
 
 local function text(number)
@@ -51,7 +52,7 @@ local function open_log()
   end
   local log = {epoch = found[1]}
   for place, name in ipairs({'seq', 'at', 'events', 'age', 'window', 'cut', 'check', 'due', 'swept', 'floor'}) do
-    log[name] = tonumber(found[place + 1] or 0)
+    log[name] = tonumber(found[place + 1] or DEFAULTS[name] or 0)
   end
   return log
 end

@@ -49,7 +49,7 @@ class Link:
 
     epoch, start, past: the epoch that the log was in when this was opened, the sequence that it began after (no event has
     that one), and the epochs before. seconds: how long a reply may take. limits: what open.lua is told of retention, or
-    nothing.
+    nothing to leave it to others.
     """
 
     def __init__(self, address: Address, prefix: str, seconds: float, limits: Arguments = ()) -> None:
