@@ -122,6 +122,36 @@ def test_an_event_that_is_published_again_is_acknowledged_only_when_replicas_hav
         assert first == second
 
 
+def test_a_repeat_sends_something_to_replicas_for_which_a_wait_can_wait(server: Redis, opened: Open) -> None:
+    """Newer servers wait for the last that its connection has sent to replicas, not for all that they have."""
+    with Redis(server.directory / "replica") as replica, contextlib.closing(replica.client()) as client, \
+            contextlib.closing(server.client()) as master:
+        master.config_set("repl-ping-replica-period", 3600)
+        client.replicaof(server.host, server.port)
+        eventually(lambda: client.info("replication")["master_link_status"] == "up", TIMEOUT)
+        side = opened(server)
+        first = side.broker.append([Draft(("a",), "once")], "key")
+        before = master.info("replication")["master_repl_offset"]
+        assert side.broker.append([Draft(("a",), "twice")], "key") == first
+        assert master.info("replication")["master_repl_offset"] > before
+        put(side, "next")
+        side.heard(2)
+        assert data(side) == ["once", "next"]
+        assert not side.gaps
+
+
+@pytest.mark.parametrize(("setting", "value"), [("maxmemory", "1mb"), ("min-replicas-to-write", "1")])
+def test_a_repeat_is_answered_by_a_server_that_takes_no_writes(
+        setting: str, value: str, server: Redis, opened: Open) -> None:
+    side = opened(server)
+    first = side.broker.append([Draft(("a",), "once")], "key")
+    with contextlib.closing(server.client()) as client:
+        client.config_set(setting, value)
+        with pytest.raises(BrokerUnavailable):
+            put(side, "refused")
+        assert side.broker.append([Draft(("a",), "twice")], "key") == first
+
+
 # --- the reader
 
 

@@ -14,6 +14,9 @@ end
 if idempotency ~= '' then
   local answer = redis.call('GET', P .. 'i:' .. idempotency)
   if answer then
+    -- WAIT counts who has what this connection has sent to replicas last: also this, after the events of another one.
+    -- To nobody's channel, for no server refuses it.
+    redis.call('PUBLISH', C, '')
     return answer
   end
 end
