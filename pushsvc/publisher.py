@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -32,8 +33,9 @@ class Publisher:
     it, and a forked process gets one of its own. Retention is what the service has set; in a new log its defaults, until
     a worker comes. What may be published together is what the HTTP API takes by default: 10,000 events and 1 MiB of data.
 
-    prefix: as PUSHSVC_REDIS_PREFIX. replicas: as PUSHSVC_REDIS_REPLICAS. timeout: seconds that an answer may take, more
-    than 0 and at most a day. Raises SettingsError for what cannot be meant, and for a URL that is none of Redis.
+    prefix: as PUSHSVC_REDIS_PREFIX. replicas: as PUSHSVC_REDIS_REPLICAS. timeout: seconds that a publish may take, the
+    wait for other threads and for a connection included, more than 0 and at most a day. Raises SettingsError for what
+    cannot be meant, and for a URL that is none of Redis.
     """
 
     def __init__(self, url: str, *, prefix: str | None = None, replicas: int = 0, timeout: float = 10.0) -> None:
@@ -83,9 +85,15 @@ class Publisher:
         return self._append(drafts, idempotency_key) if drafts else []
 
     def close(self) -> None:
-        """Idempotent."""
-        with self._lock():
-            self._link.close()
+        """Idempotent. A publish that another thread is at ends first, but is broken off after `timeout`."""
+        lock = self._lock()
+        if lock.acquire(timeout=self._timeout):
+            try:
+                self._link.close()
+            finally:
+                lock.release()
+        elif self._pid == os.getpid():
+            self._link.interrupt()
 
     def __enter__(self) -> Self:
         return self
@@ -100,22 +108,26 @@ class Publisher:
                 raise BadRequest("idempotency_key is a string")
             check_name("idempotency_key", key)
         check_batch(drafts, self._most_events, self._most_bytes)
-        with self._lock():
-            try:
-                reply = self._talk(drafts, "\n" + key if key is not None else None)
-            except Refused as error:
-                raise BrokerUnavailable(f"cannot write the log {self._name}: {error}") from error
-            except OSError as error:
-                raise BrokerUnavailable(f"cannot reach the log {self._name}: {error}") from error
+        deadline, lock = time.monotonic() + self._timeout, self._lock()
+        if not lock.acquire(timeout=self._timeout):
+            raise BrokerUnavailable(f"cannot reach the log {self._name}: other threads are at it: nothing was published")
+        try:
+            reply = self._talk(drafts, "\n" + key if key is not None else None, deadline)
             positions = positions_of(reply)
             self._known = max(self._known, positions[-1])
+        except Refused as error:
+            raise BrokerUnavailable(f"cannot write the log {self._name}: {error}") from error
+        except OSError as error:
+            raise BrokerUnavailable(f"cannot reach the log {self._name}: {error}") from error
+        finally:
+            lock.release()
         return [str(position) for position in positions]
 
-    def _talk(self, drafts: Sequence[Draft], key: str | None) -> Any:
-        reply, *have = self._exchange(drafts, key)
+    def _talk(self, drafts: Sequence[Draft], key: str | None, deadline: float) -> Any:
+        reply, *have = self._exchange(drafts, key, deadline)
         if isinstance(reply, Refused) and reply.leave:  # nothing was done, as in Line
             self._link.close()
-            reply, *have = self._exchange(drafts, key)
+            reply, *have = self._exchange(drafts, key, deadline)
         if isinstance(reply, Refused):
             if reply.leave:
                 self._link.close()
@@ -124,9 +136,9 @@ class Publisher:
             raise Refused(f"{have[0]} of {self._replicas} replicas have it: it may be lost with its master")
         return reply
 
-    def _exchange(self, drafts: Sequence[Draft], key: str | None) -> list[Any]:
+    def _exchange(self, drafts: Sequence[Draft], key: str | None, deadline: float) -> list[Any]:
         """What the script answers, and if they are asked how many replicas have it."""
-        self._reach()
+        self._reach(deadline)
         link = self._link
         commands: list[Arguments] = [link.script("publish", *publish_arguments(link.channels, key, drafts))]
         if self._replicas:
@@ -143,9 +155,10 @@ class Publisher:
     def _new_link(self) -> Link:
         return Link(self._address, self._prefix, self._timeout)
 
-    def _reach(self) -> None:
-        """A connection of this process that still stands, else a new one."""
+    def _reach(self, deadline: float) -> None:
+        """A connection of this process that still stands, else a new one; with time until `deadline`."""
         if self._pid != os.getpid():
             self._pid, self._link = os.getpid(), self._new_link()
+        self._link.deadline = deadline
         if not self._link.stands():
             self._link.open(*self._known)

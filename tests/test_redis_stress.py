@@ -5,6 +5,7 @@ import contextlib
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from gevent.event import Event as Signal
 
 from pushsvc.brokers import redis_reader
 from pushsvc.brokers.redis_address import parse_address
+from pushsvc.brokers.redis_link import Link
 from pushsvc.errors import BrokerUnavailable
 from pushsvc.event import Draft, Event
 from pushsvc.publisher import Publisher
@@ -406,6 +408,59 @@ else:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=TIMEOUT, check=True)
     side.heard(2)
     assert data(side) == ["child", "parent"]
+
+
+def test_a_thread_that_gets_no_turn_in_time_has_published_nothing(server: Redis) -> None:
+    with Publisher(server.url, timeout=0.2) as shared, contextlib.closing(server.client()) as client:
+        talk, begun, may_go = shared._talk, Signal(), Signal()
+
+        def talk_late(*arguments: Any) -> Any:
+            begun.set()
+            may_go.wait()
+            return talk(*arguments)
+
+        shared._talk = talk_late  # type: ignore[method-assign]
+        first = gevent.spawn(shared.publish, "a", "first")
+        begun.wait()
+        with pytest.raises(BrokerUnavailable, match="nothing was published"):
+            gevent.spawn(shared.publish, "a", "second").get(timeout=TIMEOUT)
+        may_go.set()
+        with pytest.raises(BrokerUnavailable, match="in time"):  # nor has it any time left
+            first.get(timeout=TIMEOUT)
+        assert not client.exists("pushsvc:t:a")
+
+
+@pytest.mark.parametrize("part", ["connection", "reply", "replicas"])
+def test_one_deadline_holds_for_all_that_a_publish_waits_for(part: str, server: Redis) -> None:
+    link = Link(parse_address(server.url), "pushsvc:", 1000)
+    link.open()
+    server.freeze()
+    try:
+        link.deadline = time.monotonic() + 0.2
+        if part == "replicas":
+            assert link.await_replicas(1)[2] <= 100
+        elif part == "reply":
+            with pytest.raises(TimeoutError):
+                link.call("PING")
+        else:
+            with pytest.raises(TimeoutError):
+                link.open()
+            with pytest.raises(TimeoutError):
+                link.open()
+    finally:
+        server.thaw()
+        link.close()
+
+
+def test_a_publisher_is_closed_also_while_a_thread_of_it_hangs(server: Redis) -> None:
+    with Publisher(server.url, timeout=0.2) as hanging:
+        hanging.publish("a", "0")
+        hanging._talk = lambda *_: hanging._link.receive(1000)  # type: ignore[method-assign]
+        publishing = gevent.spawn(hanging.publish, "a", "1")
+        gevent.sleep(0)
+        gevent.spawn(hanging.close).get(timeout=TIMEOUT)
+        with pytest.raises(BrokerUnavailable, match="cannot reach"):
+            publishing.get(timeout=TIMEOUT)
 
 
 # --- all at once

@@ -6,8 +6,10 @@ Refused (the server answered, and the connection is good). Needs no gevent, and 
 
 from __future__ import annotations
 
+import math
 import re
 import socket
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from importlib.resources import files
@@ -49,7 +51,7 @@ class Link:
 
     epoch, start, past: the epoch that the log was in when this was opened, the sequence that it began after (no event has
     that one), and the epochs before. seconds: how long a reply may take. limits: what open.lua is told of retention, or
-    nothing to leave it to others.
+    nothing to leave it to others. deadline: by time.monotonic(), when all that is going on ends; infinity for none.
     """
 
     def __init__(self, address: Address, prefix: str, seconds: float, limits: Arguments = ()) -> None:
@@ -59,12 +61,20 @@ class Link:
         self.epoch = ""
         self.start = 0
         self.past: frozenset[str] = frozenset()
+        self.deadline = math.inf
         self._seconds = seconds
         self._limits = limits
         self._told = False  # a later connection would set them back after another worker has set them anew
         self._scripts = Scripts()
         self._sentinels = list(address.sentinels)  # the one that was right last time first
         self._connection: Any = None
+
+    def left(self) -> float:
+        """How many seconds there are until the deadline. Raises TimeoutError if there are none."""
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("no answer in time")
+        return left
 
     def stands(self) -> bool:
         """Whether it is open and the server has not closed it: what is sent into one that it has would be lost for no
@@ -113,7 +123,7 @@ class Link:
     def await_replicas(self, count: int) -> Arguments:
         """The command that waits until so many replicas have what was sent before, for half the time of a reply at
         most; it answers how many have."""
-        return "WAIT", count, max(1, round(self._seconds * 500))  # 0 would be for ever
+        return "WAIT", count, max(1, round(min(self._seconds, self.left()) * 500))  # 0 would be for ever
 
     def script(self, name: str, *arguments: str | int | bytes) -> list[str | int | bytes]:
         """The command that runs a script."""
@@ -138,7 +148,7 @@ class Link:
 
     def send(self, commands: Iterable[Arguments]) -> None:
         """Raises OSError. Switches."""
-        connection = self._given()
+        connection = self._given_in_time()
         try:
             connection.send_packed_command(connection.pack_commands(commands), check_health=False)
         except (RedisError, OSError) as error:
@@ -168,7 +178,7 @@ class Link:
             raise self._broken(error) from error
 
     def _reply(self) -> Any:
-        connection = self._given()
+        connection = self._given_in_time()
         try:
             return connection.read_response(disconnect_on_error=False)
         except BusyLoadingError as error:  # for redis-py a broken connection, but it is an answer: nothing was done
@@ -185,6 +195,12 @@ class Link:
         connection = self._connection
         if connection is None:
             raise ConnectionError("not connected")
+        return connection
+
+    def _given_in_time(self) -> Any:
+        connection = self._given()
+        if self.deadline < math.inf:
+            connection._sock.settimeout(min(connection.socket_timeout, self.left()))
         return connection
 
     def _broken(self, error: Exception) -> OSError:
@@ -210,7 +226,10 @@ class Link:
             f"{host}:{port}: {reason}" for (host, port), reason in reasons.items()))
 
     def _connected(self, options: dict[str, Any], seconds: float) -> Any:
-        connection = connection_of(options, seconds)
+        left = self.left()
+        most = {"socket_timeout": seconds, "socket_connect_timeout": CONNECT_SECONDS}
+        limited = {name: min(options.get(name, value), left) for name, value in most.items()}
+        connection = connection_of(options | limited, seconds)
         try:
             connection.connect()
         except RedisTimeout as error:
