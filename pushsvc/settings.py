@@ -24,7 +24,7 @@ REDIS = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis-
          "sentinel", "valkey", "valkeys")  # schemes of addresses of Redis
 
 
-MOST = 1e15  # of a number that has no bound of its own: all that reads it can still count
+MOST = 2.0**63  # of a number that has no bound of its own: all that reads it can still count
 
 
 def setting(default: Any, why: str, *, unit: str = "", least: float = 0, most: float = MOST,
