@@ -23,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from redis import ConnectionError as NotThere  # noqa: E402
 from redis import Redis  # noqa: E402
 
 from pushsvc.publisher import Publisher  # noqa: E402
@@ -42,6 +43,13 @@ class Found:
     of_data: int
 
 
+def answers(client: Any) -> bool:
+    try:
+        return bool(client.ping())
+    except NotThere:
+        return False
+
+
 @contextmanager
 def fresh(node_bytes: int) -> Iterator[tuple[str, Any]]:
     """The URL of an empty Redis, and a client of it. `node_bytes`: its stream-node-max-bytes."""
@@ -55,11 +63,11 @@ def fresh(node_bytes: int) -> Iterator[tuple[str, Any]]:
                                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         try:
             deadline = time.monotonic() + START_SECONDS
-            while not path.exists():
-                if process.poll() is not None or time.monotonic() > deadline:
-                    sys.exit("redis-server did not start")
-                time.sleep(0.01)
             with Redis(unix_socket_path=str(path)) as client:
+                while not answers(client):
+                    if process.poll() is not None or time.monotonic() > deadline:
+                        sys.exit("redis-server did not start")
+                    time.sleep(0.01)
                 yield f"unix://{path}", client
         finally:
             process.terminate()
