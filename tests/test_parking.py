@@ -75,13 +75,15 @@ def _transcript(directory, broker, worker_class, envelope):
         late.rest(10)
         assert stream.clean_end
         assert late.clean_end
-        epoch = first.partition("-")[0]
-    return [_blot(each, epoch) for each in (stream, late)]
+    return [_blot(each, first) for each in (stream, late)]
 
 
-def _blot(stream, epoch):
+def _blot(stream, first):
+    """Ids count from the first: a log in Redis begins at the clock."""
+    epoch, _, begin = first.partition("-")
     head = {name: value for name, value in stream.headers.items() if name != "date"}
-    body = bytes(stream.raw).replace(epoch.encode(), b"EPOCH")
+    body = re.sub(re.escape(epoch.encode()) + rb"-(\d+)",
+                  lambda id: b"EPOCH-%d" % (int(id[1]) - int(begin) if int(id[1]) else 0), bytes(stream.raw))
     return head, re.sub(rb"retry: \d+\n: drain", b"retry: N\n: drain", body)
 
 
