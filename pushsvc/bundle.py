@@ -43,11 +43,12 @@ class Wire:
 
 
 class GapWire(Wire):
-    """A gap that streams are told as they go on: at `position`, which no event has. The same in both wire forms."""
+    """A gap that streams are told as they go on: at `position`, which no event of theirs has. The same in both wire
+    forms."""
 
-    def __init__(self, since: Position, position: Position, reason: str, now: float) -> None:
+    def __init__(self, since: Position, position: Position, upto: Position, reason: str, now: float) -> None:
         super().__init__(Event(position.seq, now, (), "gap", "", KEEP_ALL, "", None), position.epoch)
-        self._plain = self._letter(sse.gap(str(since), str(position), reason, str(position)))
+        self._plain = self._letter(sse.gap(str(since), str(upto), reason, str(position)))
 
     def letter_for(self, topics: Sequence[str]) -> Letter:
         return self.letter()

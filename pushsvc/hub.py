@@ -199,11 +199,11 @@ class Hub:
 
     # -- from the broker
 
-    def reset(self, position: Position, since: Position | None = None) -> None:
+    def reset(self, position: Position, since: Position | None = None, upto: int = 0) -> None:
         """What follows does not join what came before: all streams end and resume by id, or are told the gap and go on
         (see brokers.base.Reset). Atomic: no switch."""
         if since is not None:
-            self._tell_gap(since, position)
+            self._tell_gap(since, position, position._replace(seq=max(upto, position.seq)))
             return
         if self.epoch:
             logger.warning("log interrupted", extra={"position": str(position), "streams": len(self)})
@@ -215,13 +215,17 @@ class Hub:
                 group.pending = None
         self.epoch = position.epoch
 
-    def _tell_gap(self, since: Position, position: Position) -> None:
+    def _tell_gap(self, since: Position, position: Position, upto: Position) -> None:
         logger.warning("gap", extra={"since": str(since), "position": str(position), "streams": len(self)})
         reason = TRIMMED if since.epoch == position.epoch else EPOCH
         while self._incoming:  # what came before the gap is told before it
             self._note_next()
         self.epoch = position.epoch
-        wire, root = GapWire(since, position, reason, self.wall()), Bundle()
+        if upto > position:
+            # Whoever history or the log's head has brought further, or just brings, would not take it, and may miss more.
+            self.evict([each for each in self._subscriptions if each.state is State.OPENING
+                        or position.seq <= each.cursor < upto.seq], LOST)
+        wire, root = GapWire(since, position, upto, reason, self.wall()), Bundle()
         for groups in self._groups:
             for group in groups.values():
                 self._note(group, root, wire, MANY)

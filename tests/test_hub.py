@@ -420,6 +420,19 @@ def test_gap_comes_behind_what_was_handed_over_before_it(bench: Callable[..., Be
     assert re.findall("id: (.*)", taken(stream)) == [f"{EPOCH}-1", "18bcfe56900-7", "18bcfe56900-8"]
 
 
+def test_gap_ends_streams_that_are_further_and_may_miss_what_is_behind_them(bench: Callable[..., Bench]) -> None:
+    here = bench()
+    streams = [here.stream("a") for _ in range(5)]
+    for stream, cursor in zip(streams, (4, 5, 8, 9, 0), strict=True):
+        stream.cursor = cursor
+    streams[-1].state = State.OPENING  # a page of history is on its way
+    here.broker.reset(Position(EPOCH, 5), Position(EPOCH, 4), 9)
+    here.settle()
+    assert [stream.reason for stream in streams] == ["", LOST, LOST, "", LOST]
+    assert [seqs(stream) for stream in streams] == [[5], [], [], [], []]
+    assert f'id: {EPOCH}-5\ndata: {{"from":"{EPOCH}-4","to":"{EPOCH}-9","reason":"trimmed"}}' in taken(streams[0])
+
+
 def test_large_groups_take_turns(bench: Callable[..., Bench]) -> None:
     here = bench(Clock(0.0, STEP))
     here.crowd("first", LARGE, "a")

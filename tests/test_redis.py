@@ -176,11 +176,9 @@ def test_a_break_while_the_history_goes_is_told(
     eventually(lambda: side.gaps, TIMEOUT)
     put(side, "last")
     eventually(lambda: "last" in data(side), TIMEOUT)
-    (since, goes_on), = side.gaps
-    assert since == first
+    assert side.gaps == [(first, first._replace(seq=first.seq + 15))]
     assert data(side) == ["first", *map(str, range(15, 20)), "last"]
-    assert side.events[-2].seq < goes_on.seq < side.events[-1].seq
-    assert goes_on.epoch == first.epoch
+    assert side.calls[2] == first._replace(seq=first.seq + 1), "the gap goes before what is behind it"
 
 
 def test_a_message_that_did_not_arrive_is_noticed_by_the_next(server: Redis, opened: Open) -> None:
@@ -479,6 +477,31 @@ def test_a_worker_that_redis_drops_for_being_slow_misses_nothing(tmp_path: Path,
         publisher.publish("a", "last")
         seen = [stream.next(timeout=TIMEOUT).data.split(" ")[0] for _ in range(count + 1)]
         assert seen == [*map(str, range(count)), "last"]
+
+
+def test_streams_are_told_a_gap_before_what_is_behind_it_also_where_nothing_can_be_written(
+        tmp_path: Path, server: Redis) -> None:
+    settings = {"PUSHSVC_BROKER_URL": server.url, "PUSHSVC_HISTORY_EVENTS": "20"}
+    with (Server(tmp_path / "service", workers=1, env=settings) as service, Stream(service.url, "a") as stream,
+          contextlib.closing(server.client()) as client, Publisher(server.url) as publisher):
+        first = publisher.publish("a", "first")
+        assert stream.next(timeout=TIMEOUT).data == "first"
+        worker, = service.worker_pids()
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            server.break_listeners()
+            ids = publisher.publish_batch({"topic": "a", "data": str(number)} for number in range(60))
+            client.config_set("min-replicas-to-write", 1)
+        finally:
+            os.kill(worker, signal.SIGCONT)
+        gap, *events = stream.take(21, TIMEOUT)
+        assert (gap.type, json.loads(gap.data)) == ("gap", {"from": first, "to": ids[39], "reason": "trimmed"})
+        assert [event.data for event in events] == [*map(str, range(40, 60))]
+        with Stream(service.url, "a", last_event_id=gap.last_event_id) as again:
+            gap, event = again.take(2, TIMEOUT)
+            assert (gap.type, event.data) == ("gap", "40")
+        with Stream(service.url, "a", last_event_id=event.last_event_id) as again:
+            assert again.next(TIMEOUT).data == "41"
 
 
 def connections(client: Any) -> dict[str, list[bool]]:

@@ -1,6 +1,7 @@
 """The Redis broker when it joins the log again: what is lost is told however that goes, and what it costs is bound."""
 
 import contextlib
+import random
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from gevent.event import Event as Signal
 from pushsvc.brokers import redis_reader
 from pushsvc.errors import BrokerUnavailable
 from pushsvc.event import Draft
+from pushsvc.position import Position
 from pushsvc.publisher import Publisher
 from tests.support.brokers import Open, Side, data, put
 from tests.support.fire import seq_of
@@ -107,14 +109,101 @@ def test_a_gap_is_told_also_when_the_repair_that_found_it_breaks_off(
         line.ask = fail_at_the_second_page
     eventually(lambda: len(side.events) == 21 and reader_of(side)._live, TIMEOUT)
     assert data(side) == ["first", *map(str, range(10, 30))]
-    (since, goes_on), = side.gaps
-    assert since == first
-    assert goes_on.seq > side.events[-1].seq
+    assert side.gaps == [(first, first._replace(seq=first.seq + 10))]
+    assert side.resets[-1].seq == first.seq + 1
 
 
-def test_a_gap_is_told_also_when_its_position_cannot_be_had_at_first(
-        server: Redis, opened: Open, publisher: Publisher) -> None:
+def test_a_gap_is_told_where_the_first_loss_is_and_before_what_is_behind_it(
+        server: Redis, opened: Open, publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_reader, "MOST_TOGETHER", 5)
     side = opened(server, history_events=20)
+    put(side, "first")
+    side.heard(1)
+    with away(side, server):
+        *_, last = publisher.publish_batch([{"topic": "b", "data": str(number)} for number in range(7)])
+        publisher.publish_batch(texts(*range(7, 37)))
+    side.heard(28)
+    place = side.calls.index(side.resets[-1])
+    before, behind = ([event.data for events in calls if isinstance(events, list) for event in events]
+                      for calls in (side.calls[:place], side.calls[place:]))
+    assert before == ["first", *map(str, range(7))]
+    assert behind == [*map(str, range(17, 37))]
+    assert [(since.seq, upto.seq) for since, upto in side.gaps] == [(seq_of(last), seq_of(last) + 10)]
+    assert side.resets[-1].seq == seq_of(last) + 1
+
+
+def test_what_history_lost_of_an_epoch_that_has_ended_is_told_before_what_is_behind_it(
+        server: Redis, opened: Open, publisher: Publisher, client: Any) -> None:
+    side = opened(server, history_events=20)
+    first = put(side, "first")
+    side.heard(1)
+    with away(side, server):
+        publisher.publish_batch(texts(*range(30)))
+        client.hset("pushsvc:log", "run", "another")
+    eventually(lambda: reader_of(side)._live, TIMEOUT)
+    trimmed, ended = side.gaps
+    assert trimmed == (first, first._replace(seq=first.seq + 10))
+    assert ended == (first, side.resets[-1])
+    assert ended[1].epoch > first.epoch
+    assert [len(call) if isinstance(call, list) else call.seq for call in side.calls[2:]] == [
+        first.seq + 1, 20, ended[1].seq]
+
+
+def test_what_another_topic_still_holds_is_not_lost(server: Redis, opened: Open, publisher: Publisher) -> None:
+    side = opened(server, history_events=1)
+    put(side, "0")
+    side.heard(1)
+    with away(side, server):
+        publisher.publish_batch([{"topics": ["a", "b"], "data": "1"}, *texts(2)])
+    side.heard(3)
+    assert data(side) == ["0", "1", "2"]
+    assert not side.gaps
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whoever_leaves_at_any_moment_has_been_told_of_all_losses_before_its_id(
+        server: Redis, opened: Open, publisher: Publisher, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    monkeypatch.setattr(redis_reader, "MOST_TOGETHER", 4)
+    chance = random.Random(seed)
+    side = opened(server, history_events=chance.choice((1, 3, 10)))
+    put(side, "first")
+    side.heard(1)
+    reader, topics = reader_of(side), ("a", "b", "c", "other")
+    drafts = [{"topics": chance.sample(topics, chance.choice((1, 1, 2, 3))), "data": "x"} for _ in range(60)]
+    with away(side, server):
+        published = [seq_of(each) for each in publisher.publish_batch(drafts)]
+        ask = line_of(side).ask
+
+        def ask_late(*arguments: Any) -> Any:
+            """Retention takes more during the repair."""
+            draft = {"topics": chance.sample(topics, 2), "data": "x"}
+            published.extend(map(seq_of, publisher.publish_batch([draft])))
+            drafts.append(draft)
+            return ask(*arguments)
+
+        line_of(side).ask = ask_late
+    eventually(lambda: reader._live, TIMEOUT)
+    line_of(side).ask = ask
+    put(side, "end")
+    eventually(lambda: data(side)[-1] == "end", TIMEOUT)
+    came = {event.seq for event in side.events}
+    lost = {seq for seq, draft in zip(published, drafts, strict=True) if set(draft["topics"]) - {"other"}} - came
+    assert lost
+    gaps, told, numbers = iter(side.gaps), set[int](), [0]
+    for call in side.calls[1:]:
+        if isinstance(call, Position):
+            since, upto = next(gaps)
+            told |= {seq for seq in lost if since.seq < seq <= upto.seq}
+            numbers.append(call.seq)
+        for event in call if isinstance(call, list) else []:
+            assert {seq for seq in lost if seq < event.seq} <= told, event.seq
+            numbers.append(event.seq)
+    assert numbers == sorted(set(numbers)), "in order, and no gap has the number of an event"
+
+
+def test_a_gap_waits_for_a_number_that_is_free(server: Redis, opened: Open, publisher: Publisher) -> None:
+    side = opened(server)
+    publisher.publish("other", "opens the connection")
     first = put(side, "first")
     side.heard(1)
     reader, failures = reader_of(side), [BrokerUnavailable("once")]
@@ -126,11 +215,14 @@ def test_a_gap_is_told_also_when_its_position_cannot_be_had_at_first(
         return burn()
 
     reader._burn = fail_once
-    with away(side, server):
-        publisher.publish_batch(texts(*range(30)))
-    eventually(lambda: reader._live, TIMEOUT)
+    publisher._link.channels, channels = "nobody:", publisher._link.channels
+    publisher.publish("a", "does not arrive")
+    publisher._link.channels = channels
+    publisher.publish("a", "tells that")
+    eventually(lambda: side.gaps and reader._live, TIMEOUT)
     assert not failures
-    assert [since for since, _ in side.gaps] == [first]
+    assert data(side) == ["first", "does not arrive", "tells that"]
+    assert [(since, upto.seq) for since, upto in side.gaps] == [(first, first.seq + 3)]
 
 
 def test_a_gap_is_told_also_by_a_full_server(
@@ -179,8 +271,8 @@ def test_an_event_of_many_topics_that_is_trimmed_before_it_is_fetched_is_told(
     reader._fetch = fetch_late
     trimmed, = side.broker.append([Draft(WIDE, "trimmed", keep="latest", key="k")])
     eventually(lambda: side.gaps, TIMEOUT)
-    (since, goes_on), = side.gaps
-    assert since.seq < trimmed.seq < goes_on.seq
+    (since, upto), = side.gaps
+    assert since.seq < trimmed.seq < upto.seq
     assert "trimmed" not in data(side)
 
 

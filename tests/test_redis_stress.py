@@ -507,7 +507,7 @@ class Storm:
                 assert (event.topics, event.data, event.keep) == (draft.topics, draft.data, draft.keep)
             elif draft.keep == "all" and set(draft.topics) & set(self.WATCHED):
                 missed.append(seq)
-        return [seq for seq in missed if not any(since.seq < seq < goes_on.seq for since, goes_on in side.gaps)]
+        return [seq for seq in missed if not any(since.seq < seq <= upto.seq for since, upto in side.gaps)]
 
     def _publish(self, side: Side, batches: int) -> None:
         for _ in range(batches):

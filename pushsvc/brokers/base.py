@@ -21,10 +21,10 @@ Deliver = Callable[[Sequence[Event]], None]
 
 class Reset(Protocol):
     """`since`: None when nothing is known of what follows: streams end and resume by id. Else the position after which
-    events may be lost; what follows is all that the log holds after `position`, which no event has: streams go on, and
-    are told the gap."""
+    events may be lost, up to the sequence `upto` (0: that of `position`); what follows is all that the log holds after
+    `position`, which no event handed over has: streams go on, and are told the gap."""
 
-    def __call__(self, position: Position, since: Position | None = None) -> None: ...
+    def __call__(self, position: Position, since: Position | None = None, upto: int = 0) -> None: ...
 
 
 class Page(NamedTuple):

@@ -2,7 +2,8 @@
 
 Redis hands over what is published while one listens, and nothing else. So after every break, and at the first
 connection too, the reader joins: it subscribes, then reads from history what it has not handed over, and only then goes
-on with what has come meanwhile. What is lost for good it tells, by a reset with a `since`.
+on with what has come meanwhile. What is lost for good it tells, by a reset with a `since`, before it hands over anything
+behind it: a client that left in between would come back with an id that says nothing of the loss.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ class Reader:
         self._ordered = Signal()
         self._changed = Signal()
         self._live = False
-        self._lost: _Lost | None = None
+        self._lost: _Lost | None = None  # not told yet
+        self._told = 0  # up to where what retention has taken is told
         self._greenlets: list[gevent.Greenlet] = []
 
     def start(self) -> None:
@@ -186,7 +188,7 @@ class Reader:
             self.past = self._link.past
             self._topics = dict.fromkeys(self._topics, UNKNOWN)  # the numbers may have gone back
             self._reset(Position(epoch, newest))
-            known, self._lost = Position(epoch, newest), None
+            known, self._lost, self._told = Position(epoch, newest), None, 0
         self._catch_up(known, epoch, early)
         self._confirmed, self._live = asked, True
         self._ordered.set()
@@ -229,22 +231,16 @@ class Reader:
             start = self._link.start
             since = min(known.seq, self._lost.seq) if self._lost is not None else known.seq
             self._topics = dict.fromkeys(self._topics, UNKNOWN)  # their newest events may be lost with the old epoch
-            self._lost = _Lost(since, "the epoch has ended")  # still to be told if what follows breaks off
             self._repair(start, early)
             self.epoch, self.past, self._lost = epoch, self._link.past, None
             self._reset(Position(epoch, start), Position(known.epoch, since))
-            known = Position(epoch, start)
-        told = self._lost is not None
-        head = self._burn() if told else self._head()
+        head = self._head()
         early += self._barrier()
         self._repair(head, early)
-        if self._lost is not None and not told:
+        if self._lost is not None:  # and every number up to the head is that of an event
             head = self._burn()
             early += self._barrier()
             self._repair(head, early)
-        if self._lost is not None:
-            self._reset(Position(epoch, head), Position(epoch, min(known.seq, self._lost.seq)))
-        self._lost = None
         self._hand_over(early)
 
     def _barrier(self) -> list[tuple[str, Message]]:
@@ -270,9 +266,9 @@ class Reader:
             raise ConnectionError("the log begins a new epoch")
 
     def _repair(self, head: int, early: Sequence[tuple[str, Message]]) -> None:
-        """Hand over what lies between the last event and `head`, page by page. What retention has taken from it is noted
-        as lost, at once: this may be broken off anywhere. Switches."""
-        changed = self._changed_topics(head)
+        """Hand over what lies between the last event and `head`, page by page, with the gap in its place. This may be
+        broken off anywhere. Switches."""
+        changed, missing = self._changed_topics(head), self._floor()
         while self.last < head:
             found = {message.seq: message.event for topic, message in early
                      if message.event is not None and self.last < message.seq <= head and topic in self._topics}
@@ -282,32 +278,44 @@ class Reader:
                 page = topics[start : start + REPAIR_TOPICS]
                 reply = self._line.ask(HISTORY, self.last, upto, MOST_TOGETHER, PAGE_BYTES, *page)
                 self._expect(reply[0].decode())
-                self._note_missing(int(reply[1]))
+                missing = max(missing, int(reply[1]))
                 events = list(events_of(reply[3:]))
                 found |= {event.seq: event for event in events}
                 upto = int(min(_filled(found), events[-1].seq if reply[2] else upto))
                 found = {seq: event for seq, event in found.items() if seq <= upto}
-            ready = [found[seq] for seq in sorted(found)]
-            if ready:
-                self._deliver(ready)
-            self.last = upto
+            self._pass_on(found, upto, missing, head)
             changed = {topic: seq for topic, seq in changed.items() if seq > upto}
             gevent.sleep(PAUSE_SECONDS)
 
-    def _note_missing(self, seq: int) -> None:
-        """Retention has taken what is up to `seq`: lost is what of it was not handed over. Atomic: no switch."""
-        if seq > self.last and self._lost is None:
-            self._lost = _Lost(self.last, "history has lost what came meanwhile")
+    def _pass_on(self, found: dict[int, Event], upto: int, missing: int, head: int) -> None:
+        """Hand over the events found up to `upto`, and in its place among them the gap, if one is to be told: at the
+        first number that no event is found for. `missing`: the newest that retention has taken. Atomic: no switch."""
+        lost = self._lost if self.epoch == self._link.epoch else None  # at the end of an epoch it is told with that
+        after, until = (self.last, head) if lost is not None else (max(self.last, self._told), min(missing, head))
+        at = next((seq for seq in range(after + 1, min(until, upto) + 1) if seq not in found), None)
+        ready = [found[seq] for seq in sorted(found)]
+        if at is not None:
+            before = sum(seq < at for seq in found)
+            if before:
+                self._deliver(ready[:before])
+            since = at - 1 if lost is None else min(at - 1, lost.seq)
+            self._reset(Position(self.epoch, at), Position(self.epoch, since), until)
+            self._told = until
+            if lost is not None:
+                self._lost = None
+            del ready[:before]
+        if ready:
+            self._deliver(ready)
+        self.last = upto
 
     def _changed_topics(self, head: int) -> dict[str, int]:
         """The watched topics that had an event since the last one handed over, or lost one that was newer, with their
-        newest sequences, 0 for those that history has none of any more. The former are noted. Switches."""
+        newest sequences, 0 for those that history has none of any more. The former are noted. In this order: what has
+        left the one is in the other, or under the floor afterwards. Switches."""
         newest = self._since_last("last")
         for topic, seq in newest.items():
             self._topics[topic] = seq if seq <= head else UNKNOWN
-        lost = self._since_last("lost")  # in this order: what has left the one is in the other, or under the floor
-        self._note_missing(self._floor())
-        return dict.fromkeys(lost, 0) | newest
+        return dict.fromkeys(self._since_last("lost"), 0) | newest
 
     def _floor(self) -> int:
         """The newest sequence whose topic, and that retention has taken it, is forgotten. Switches."""

@@ -69,7 +69,7 @@ class SqliteBroker(Broker):
         self._settings = settings
         self._full_sync = settings.sync == "full"
         self._deliver: Deliver = lambda events: None
-        self._reset: Reset = lambda position, since=None: None
+        self._reset: Reset = lambda position, since=None, upto=0: None
         self._queue: SimpleQueue[_Append | None] = SimpleQueue()
         self._done: deque[_Append] = deque()
         self._wake = Signal()

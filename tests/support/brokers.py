@@ -54,7 +54,7 @@ class Side:
     """A started broker and all that it has handed over of the topics in WATCHED, as a hub would have got it.
 
     calls: every call in order, a Position for a reset and a list of events for a delivery. events: those of all
-    deliveries. gaps: of the resets that tell one, since when and where it goes on. Changes are fields of Settings.
+    deliveries. gaps: of the resets that tell one, after what and up to where. Changes are fields of Settings.
     """
 
     def __init__(self, url: str, **changes: Any) -> None:
@@ -68,10 +68,10 @@ class Side:
     def _deliver(self, events: Sequence[Event]) -> None:
         self.calls.append(list(events))
 
-    def _reset(self, position: Position, since: Position | None = None) -> None:
+    def _reset(self, position: Position, since: Position | None = None, upto: int = 0) -> None:
         self.calls.append(position)
         if since is not None:
-            self.gaps.append((since, position))
+            self.gaps.append((since, position._replace(seq=max(upto, position.seq))))
 
     def watch(self, *topics: str) -> None:
         """From now on what is published to `topics` is heard, if the broker can be reached at all."""
