@@ -14,6 +14,7 @@ from typing import Any
 import gevent
 import pytest
 from gevent.event import Event as Signal
+from redis.exceptions import ResponseError
 
 from pushsvc.brokers import redis_reader
 from pushsvc.brokers.redis_address import parse_address, parse_url
@@ -197,7 +198,7 @@ def test_a_message_that_did_not_arrive_is_noticed_by_the_next(server: Redis, ope
 
 def test_a_connection_that_falls_silent_is_given_up(
         server: Redis, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redis_reader, "PING_SECONDS", 0.2)
+    monkeypatch.setattr(redis_reader, "ECHO_SECONDS", 0.2)
     side = opened(server, publish_timeout_seconds=0.5)
     put(side, "1")
     side.heard(1)
@@ -502,6 +503,32 @@ def test_streams_are_told_a_gap_before_what_is_behind_it_also_where_nothing_can_
             assert (gap.type, event.data) == ("gap", "40")
         with Stream(service.url, "a", last_event_id=event.last_event_id) as again:
             assert again.next(TIMEOUT).data == "41"
+
+
+def test_where_redis_cannot_write_its_file_streams_open_and_history_is_read(service: Server, durable: Redis) -> None:
+    """It refuses even a PING then."""
+    with Stream(service.url, "a") as stream, contextlib.closing(durable.client()) as client:
+        first, _ = (post(service, text).json()["id"] for text in ("first", "second"))
+        assert [event.data for event in stream.take(2, TIMEOUT)] == ["first", "second"]
+        in_the_way = durable.directory / "dump.rdb"
+        in_the_way.mkdir()
+        client.config_set("save", "3600 1")
+        client.bgsave()
+        eventually(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err")
+        with pytest.raises(ResponseError, match="MISCONF"):
+            client.ping()
+        durable.break_listeners()
+        answer = post(service, "refused")
+        assert answer.status == 503
+        assert "MISCONF" in answer.json()["detail"]
+        with Stream(service.url, ["a", "new"], last_event_id=first) as again:
+            assert again.next(TIMEOUT).data == "second"
+            ready = request("GET", f"{service.url}/readyz", timeout=TIMEOUT)
+            assert (ready.status, "MISCONF" in ready.json()["detail"]) == (503, True)
+            in_the_way.rmdir()
+            client.bgsave()
+            eventually(lambda: post(service, "after").status == 200, TIMEOUT)
+            assert again.next(TIMEOUT).data == stream.next(TIMEOUT).data == "after"
 
 
 def connections(client: Any) -> dict[str, list[bool]]:

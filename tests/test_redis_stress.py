@@ -251,7 +251,7 @@ def test_a_message_that_comes_half_keeps_nobody_waiting(
         server: Redis, opened: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     side = opened(server)
     side.broker.head()
-    monkeypatch.setattr(redis_reader, "PING_SECONDS", 0.1)
+    monkeypatch.setattr(redis_reader, "ECHO_SECONDS", 0.1)
     monkeypatch.setattr(side.broker._reader._link, "has_more", lambda: True)  # type: ignore[attr-defined]
     for number in range(3):
         put(side, str(number))

@@ -27,13 +27,14 @@ from pushsvc.position import Position
 
 READER = "reader"  # the part, as the service's log names it
 UNWATCH_SECONDS = 30.0  # how long a topic that has lost its last stream is still listened to: clients come back
-PING_SECONDS = 3.0  # of silence, after which the connection is tried; twice without an answer, and it is given up
+ECHO_SECONDS = 3.0  # of silence, after which the connection is tried; twice without an answer, and it is given up
 RETRY_SECONDS = (0.05, 1.0)  # between two attempts to join: at first, and at most
 GATHER_SECONDS = 0.001  # least time between two hand-overs: what is published faster is handed over together
 PAUSE_SECONDS = 0.0001  # between two full hand-overs, so that the streams are served
 MOST_TOGETHER = 1000  # events of one hand-over, events of one page of a repair, topics of one command
 REPAIR_TOPICS = 500  # of one page of a repair
 UNKNOWN = -1
+NOBODY = "\n"  # how the channels begin that are no topic's
 
 
 class _Lost(Exception):
@@ -147,7 +148,7 @@ class Reader:
                 stretch = [verb]
                 commands.append(stretch)
             stretch.append(self._link.channels + topic)
-        self._link.send([*commands, ("PING", asked)])
+        self._link.send([*commands, self._echo(str(asked))])
 
     def _signal(self) -> None:
         changed, self._changed = self._changed, Signal()
@@ -204,27 +205,38 @@ class Reader:
         leaves too many confirmations unread. Switches."""
         topics = list(self._topics)
         self._orders.clear()
-        # One channel that no topic has: a connection without any would answer a PING in another form.
-        early = self._subscribe(["\n"])
+        early = self._subscribe([NOBODY])  # without any channel it would be no listener to Redis, with other bounds
         for start in range(0, len(topics), MOST_TOGETHER):
             early += self._subscribe(topics[start : start + MOST_TOGETHER])
         return early
 
     def _subscribe(self, topics: Sequence[str]) -> list[tuple[str, Message]]:
-        self._link.send([["SUBSCRIBE", *(self._link.channels + topic for topic in topics)], ("PING", "joined")])
+        self._link.send([["SUBSCRIBE", *(self._link.channels + topic for topic in topics)], self._echo("joined")])
         return self._hear_until("joined")
 
     def _hear_until(self, token: str) -> list[tuple[str, Message]]:
-        """All messages that come before the answer to a PING. Switches."""
+        """All messages that come before an echo. Switches."""
         heard: list[tuple[str, Message]] = []
         while True:
-            item = self._link.receive(2 * PING_SECONDS)
+            item = self._link.receive(2 * ECHO_SECONDS)
             if item is None:
                 raise TimeoutError("no answer in time")
             if item[0] == b"message":
                 heard.append(self._read(item))
-            elif item[0] == b"pong" and item[1] == token.encode():
+            elif self._echoed(item) == token:
                 return heard
+
+    def _echo(self, token: str) -> Arguments:
+        """What Redis answers with the token, behind all that was sent before: it leaves a channel that is nobody's. (A
+        PING is refused where its file cannot be written.)"""
+        return "UNSUBSCRIBE", f"{self._link.channels}{NOBODY}{token}"
+
+    def _echoed(self, item: Sequence[bytes]) -> str:
+        """The token of an echo; empty if this is none."""
+        if item[0] != b"unsubscribe":
+            return ""
+        channel = self._topic(item)
+        return channel[len(NOBODY) :] if channel.startswith(NOBODY) else ""
 
     def _catch_up(self, known: Position, epoch: str, early: list[tuple[str, Message]]) -> None:
         if epoch != known.epoch:
@@ -245,7 +257,7 @@ class Reader:
 
     def _barrier(self) -> list[tuple[str, Message]]:
         """What was published before this call and has not been read yet. Switches."""
-        self._link.send([("PING", "barrier")])
+        self._link.send([self._echo("barrier")])
         return self._hear_until("barrier")
 
     def _head(self) -> int:
@@ -342,11 +354,11 @@ class Reader:
     def _listen(self) -> None:
         silent, handed_at = 0, 0.0
         while True:
-            item = self._link.receive(PING_SECONDS)
+            item = self._link.receive(ECHO_SECONDS)
             if item is None:
                 if (silent := silent + 1) > 2:
                     raise TimeoutError("the connection is silent")
-                self._link.send([("PING", "")])
+                self._link.send([self._echo("alive")])
                 continue
             silent = 0
             messages: list[tuple[str, Message | None]] = []
@@ -354,7 +366,7 @@ class Reader:
                 self._take(item, messages)
                 if len(messages) >= MOST_TOGETHER or not self._link.has_more():
                     break
-                item = self._link.receive(PING_SECONDS)
+                item = self._link.receive(ECHO_SECONDS)
                 if item is None:  # a part of a message, and nothing after it
                     break
             self._hand_over(messages)
@@ -368,8 +380,8 @@ class Reader:
             messages.append(self._read(item))
         elif item[0] == b"subscribe":
             messages.append((self._topic(item), None))
-        elif item[0] == b"pong" and item[1].isdigit():
-            self._confirmed = max(self._confirmed, int(item[1]))
+        elif (token := self._echoed(item)).isdigit():
+            self._confirmed = max(self._confirmed, int(token))
             self._signal()
 
     def _read(self, item: Sequence[bytes]) -> tuple[str, Message]:
