@@ -497,6 +497,16 @@ def succeeds(command: str, machine: Machine) -> bool:
 # --- What is shipped beside the configurations -----------------------------------------------------------
 
 
+def test_redis_in_a_container_has_the_folder_that_its_configuration_names() -> None:
+    """Redis does not start where `dir` is missing, whatever its command says of another one."""
+    folder, = re.findall(r"^dir (\S+)$", (SHIPPED / "redis.conf").read_text(), re.M)
+    compose = (SHIPPED / "compose.yaml").read_text()
+    for name in ("redis1", "redis2"):
+        service, = re.findall(rf"^  {name}:\n((?:    .*\n)+)", compose, re.M)
+        assert f"{name}:{folder}]" in service
+        assert f"working_dir: {folder}" in service
+
+
 def test_memory_per_event_is_measured_and_a_smaller_node_makes_small_topics_cheaper() -> None:
     program("redis-server")
     small, large = (memory("--events", "2000", "--topics", "100", "--node-bytes", str(size)) for size in (512, 4096))
