@@ -14,9 +14,10 @@ from typing import Any
 import gevent
 import pytest
 from gevent.event import Event as Signal
+from redis.connection import Connection, SSLConnection
 from redis.exceptions import ResponseError
 
-from pushsvc.brokers import redis_reader
+from pushsvc.brokers import redis_address, redis_reader
 from pushsvc.brokers.redis_address import parse_address, parse_url
 from pushsvc.brokers.redis_link import Link
 from pushsvc.draft import draft_of
@@ -585,6 +586,29 @@ assert "gevent" not in sys.modules
     assert done.stdout.split() == [str(Position(side.resets[0].epoch, event.seq)) for event in side.events]
     assert data(side) == ["text", '{"n":1}', "0", "1", "2"]
     assert side.events[1][2:4] == (("a", "b"), "typed")
+
+
+def test_the_publisher_does_with_an_older_redis_py(server: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Older(Connection):
+        """As before 7.2: it has no driver_info."""
+
+        def __init__(self, *, lib_name: str = "redis-py", lib_version: str = "5.0.1", **options: Any) -> None:
+            assert "driver_info" not in options
+            super().__init__(**options)
+
+    class OlderTls(SSLConnection):
+        """As before 6: it asks for no host name."""
+
+        def __init__(self, ssl_check_hostname: bool = False, **options: Any) -> None:
+            super().__init__(ssl_check_hostname=ssl_check_hostname, **options)
+
+    monkeypatch.setattr(redis_address, "Connection", Older)
+    with Publisher(server.url) as publisher:
+        assert publisher.publish("a", "1")
+    monkeypatch.setattr(redis_address, "SSLConnection", OlderTls)
+    for query, checked in (("", True), ("?ssl_cert_reqs=none", False), ("?ssl_check_hostname=false", False)):
+        options = {**parse_url(f"rediss://127.0.0.1/0{query}"), "connection_class": OlderTls}
+        assert redis_address.connection_of(options, 1).check_hostname is checked
 
 
 @pytest.mark.parametrize(("fields", "words"), [

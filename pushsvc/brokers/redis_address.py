@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from redis import connection as redis_connection
-from redis.connection import Connection, UnixDomainSocketConnection
+from redis.connection import Connection, SSLConnection, UnixDomainSocketConnection
 from redis.exceptions import RedisError
 
 from pushsvc.errors import SettingsError
@@ -102,11 +102,16 @@ def _reason(rest: str, error: Exception) -> str:
 def connection_of(options: dict[str, Any], seconds: float) -> Any:
     """A connection that has not been connected. seconds: how long a reply may take."""
     kind = options.pop("connection_class", Connection)
-    settings: dict[str, Any] = {"protocol": 2, "driver_info": None, "client_name": f"pushsvc-{os.getpid()}",
+    settings: dict[str, Any] = {"protocol": 2, "client_name": f"pushsvc-{os.getpid()}",
                                 "socket_connect_timeout": CONNECT_SECONDS, "socket_timeout": seconds}
     if kind is not UnixDomainSocketConnection:
         settings |= {"socket_keepalive": True, "socket_keepalive_options": _KEEPALIVE}
-    return kind(**settings | options)
+    if kind is SSLConnection and options.get("ssl_cert_reqs") != "none":
+        settings["ssl_check_hostname"] = True  # as redis-py has it from 6 on
+    connection = kind(**settings | options)
+    # It says nothing of itself to Redis. A parameter for this there is only from redis-py 7.2 on.
+    connection.driver_info = connection.lib_name = connection.lib_version = None
+    return connection
 
 
 def _sentinel_address(scheme: str, rest: str) -> Address:
