@@ -1,6 +1,8 @@
 """The house: imports go down only, the ground floor is pure, and no module stands outside."""
 
 import ast
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,6 +112,20 @@ def test_only_the_worker_and_the_views_know_their_server_and_framework(module: s
 
 def test_front_of_the_package_imports_nothing() -> None:
     assert list(imports("__init__")) == []
+
+
+def test_the_package_is_installed_with_all_that_the_publisher_needs() -> None:
+    """Other applications install it, for the publisher."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["build-system"]["build-backend"] == "flit_core.buildapi"
+    assert (ROOT / project["project"]["name"]).samefile(ROOT / PACKAGE), "flit takes the folder of this name"
+    needed, waiting = set(), ["publisher"]
+    while waiting:
+        needed.add(module := waiting.pop())
+        waiting += {found for _, found in neighbours(module)} - needed
+    names = {name.partition(".")[0] for module in needed for _, name in imports(module)}
+    others = names - sys.stdlib_module_names - {PACKAGE}
+    assert others == {each.partition(">")[0] for each in project["project"]["dependencies"]}
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
