@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +310,35 @@ def test_a_full_server_refuses_and_goes_on_when_it_has_room(server: Redis, opene
     side.broker.append([Draft(("a",), "after")], "key")
     side.heard(2)
     assert data(side) == ["before", "after"]
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
+def test_a_server_that_would_evict_keys_is_refused_until_it_does_not(
+        policy: str, server: Redis, opened: Open, publisher: Publisher) -> None:
+    with contextlib.closing(server.client()) as client:
+        client.config_set("maxmemory-policy", policy)
+        publisher.publish("a", "without a maxmemory nothing is evicted")
+        side = opened(server)
+        client.config_set("maxmemory", "100mb")
+        for kind in ("normal", "pubsub"):
+            client.client_kill_filter(_type=kind, skipme=True)
+        words = f"maxmemory-policy has to be noeviction, not {policy}"
+        eventually(lambda: words in refusal(side.broker.check), TIMEOUT)
+        eventually(lambda: words in refusal(lambda: publisher.publish("a", "refused")), TIMEOUT)
+        client.config_set("maxmemory-policy", "noeviction")
+        put_until_it_goes(side, "after")
+        eventually(lambda: not refusal(side.broker.check), TIMEOUT)
+        assert [event.data for event in side.history("a")][1:] == ["after"]
+    assert len(side.resets) == 1, "no gap: nothing was lost"
+
+
+def refusal(attempt: Callable[[], Any]) -> str:
+    """What it is refused with; empty if it is not."""
+    try:
+        attempt()
+    except BrokerUnavailable as error:
+        return error.detail
+    return ""
 
 
 def test_a_process_that_starts_at_a_full_server_reads_and_listens(server: Redis, opened: Open) -> None:

@@ -24,6 +24,7 @@ from pushsvc.brokers.redis_address import CONNECT_SECONDS, Address, connection_o
 SCRIPTS = ("publish", "history", "open", "burn")
 _RUN_ID = re.compile(r"^run_id:(\w+)", re.M)
 _ROLE = re.compile(r"^role:(\w+)", re.M)
+_EVICTS = re.compile(r"^maxmemory:[1-9].*^maxmemory_policy:(?!noeviction)(\S+)", re.M | re.S)
 _REPLICATION_IDS = re.compile(r"^master_replid:(\w+)\s+^master_replid2:(\w+)", re.M)
 Arguments = Sequence[str | int | bytes]
 
@@ -94,6 +95,10 @@ class Link:
             role, run = _ROLE.search(info), _RUN_ID.search(info)
             if role is None or role[1] != "master" or run is None:
                 raise Refused("it is not a master", leave=True)
+            policy = _EVICTS.search(self.call("INFO", "memory").decode())
+            if policy is not None:
+                raise Refused(f"when it is full it evicts keys, and nobody would be told what is lost with them: its "
+                              f"maxmemory-policy has to be noeviction, not {policy[1]}")
             for name, text in self._scripts.texts.items():
                 self._scripts.digests[name] = self.call("SCRIPT", "LOAD", text).decode()
             life = run[1] + _made_master(info)
