@@ -111,19 +111,27 @@ def test_a_machine_without_streams_of_a_topic_receives_no_byte_of_it(
         fronts: Fronts, log: Log, machines: dict[str, Machine]) -> None:
     name, size, count = "busy", 1000, 1000
     with Stream(fronts.servers[0].url, name).opened() as stream, Stream(fronts.servers[1].url, "calm").opened(), \
-            Publisher(log.url) as publisher:
-        before = bytes_by_machine(log, machines)
+            Publisher(log.url) as publisher, contextlib.closing(log.client()) as client:
+        before, sent = bytes_by_machine(log, machines), bytes_by_redis(client)
         publisher.publish_batch({"topic": name, "data": "x" * size} for _ in range(count))
         assert len(stream.take(count, PATIENCE)) == count
         grown = [now - then for now, then in zip(bytes_by_machine(log, machines), before, strict=True)]
+        sent = bytes_by_redis(client) - sent
     print(f"Redis sent, for {count} events of {size} bytes to a topic of the first machine: {grown} bytes to each")
+    print(f"and {sent} bytes in all, by its own count")
     assert grown[0] > size * count
     assert max(grown[1:]) < 2000, "what is left is health checks"
+    assert size * count < sent < 1.5 * size * count, "it was sent once"
 
 
 def bytes_by_machine(log: Log, machines: dict[str, Machine]) -> list[int]:
     """What Redis has sent to each front machine, by the kernel's own count of each connection."""
     return [machines["redis1"].sent_to(machine.address) for machine in fronts_of(machines)]
+
+
+def bytes_by_redis(client: Any) -> int:
+    """What Redis has sent to everybody, by its own count."""
+    return int(client.info("stats")["total_net_output_bytes"])
 
 
 def test_the_balancer_spreads_streams_and_uses_all_its_addresses(fronts: Fronts, machines: dict[str, Machine]) -> None:
