@@ -27,7 +27,7 @@ from pushsvc.position import Position
 from pushsvc.publisher import Publisher
 from pushsvc.settings import Settings, hide
 from tests.support.brokers import Open, Side, data, put
-from tests.support.client import Stream, request
+from tests.support.client import Stream, publish, request
 from tests.support.fire import epoch_of, seq_of
 from tests.support.redis import Redis
 from tests.support.server import ROOT, Server
@@ -450,6 +450,17 @@ def service(tmp_path: Path, durable: Redis) -> Iterator[Server]:
     settings = {"PUSHSVC_BROKER_URL": durable.url, "PUSHSVC_HEARTBEAT_SECONDS": "0.5"}
     with Server(tmp_path / "service", workers=2, env=settings) as server:
         yield server
+
+
+@pytest.mark.parametrize("key", ["key", "\N{LATIN SMALL LETTER E WITH ACUTE}-7"])
+def test_a_key_is_the_same_for_http_and_for_the_publisher(key: str, service: Server, durable: Redis) -> None:
+    header = {"Idempotency-Key": key.encode().decode("latin-1")}  # http.client sends it so
+    first = publish(service.url, topic="a", data="1", headers=header)
+    with Publisher(durable.url) as publisher:
+        assert publisher.publish("a", "1", idempotency_key=key) == first
+        second = publisher.publish("a", "2", idempotency_key=f"{key}2")
+    header = {"Idempotency-Key": f"{key}2".encode().decode("latin-1")}
+    assert publish(service.url, topic="a", data="2", headers=header) == second
 
 
 def post(service: Server, text: str, topic: str = "a") -> Any:

@@ -141,7 +141,8 @@ def _key(environ: dict[str, Any], grant: Grant) -> str | None:
     if text is None:
         return None
     try:
-        check_name("Idempotency-Key", text.encode("latin-1").decode())
+        text = text.encode("latin-1").decode()
+        check_name("Idempotency-Key", text)
     except UnicodeDecodeError:
         raise BadRequest("Idempotency-Key is not UTF-8") from None
     return f"{grant.user or ''}\n{text}"
