@@ -511,7 +511,7 @@ def test_a_worker_that_redis_drops_for_being_slow_misses_nothing(tmp_path: Path,
         try:
             count = 0
             while client.execute_command("PUBSUB", "NUMSUB", "pushsvc:0:a")[1]:
-                publisher.publish("a", f"{count} " + "x" * 20_000)
+                publisher.publish("a", f"{count} " + "x" * 10_000)
                 count += 1
                 assert count < 2000, "Redis keeps the connection"
         finally:
