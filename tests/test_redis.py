@@ -825,6 +825,8 @@ def test_what_is_no_address_is_refused(url: str) -> None:
     ("rediss://host/0?ssl_ca_cert=/ca.pem", "ssl_ca_cert is no parameter"),
     ("redis://host/0?ssl_ca_certs=/ca.pem", "ssl_ca_certs is no parameter"),
     ("rediss://host/0?ssl_cert_reqs=perhaps", "perhaps"), ("redis://host/0?socket_timeout=soon", "socket_timeout"),
+    ("redis://host/0?socket_timeout=0", "socket_timeout is more"), ("redis://host/0?socket_timeout=nan", "more than 0"),
+    ("redis+sentinel://host/m?socket_connect_timeout=-1", "socket_connect_timeout is more"),
     ("redis://host/0?max_connections=5", "max_connections is no parameter"),
     ("redis://user:secret@host/0?decode_responses=true", "decode_responses is no parameter"),
     ("redis://host/0?protocol=3", "protocol is no parameter"), ("unix:///redis?ssl_keyfile=x", "ssl_keyfile is no"),

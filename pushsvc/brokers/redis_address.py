@@ -85,8 +85,12 @@ def _address(url: str, **of_sentinel: Any) -> Address:
 
 def _try_options(address: Address) -> None:
     """Raises _NoAddress for what no connection could be made with."""
+    options = parse_url(address.url)
+    for name in ("socket_timeout", "socket_connect_timeout"):
+        if not options.get(name, 1) > 0:  # also not a number
+            raise _NoAddress(f"{name} is more than 0 s")
     try:
-        connection_of(parse_url(address.url), CONNECT_SECONDS)
+        connection_of(options, CONNECT_SECONDS)
     except (TypeError, ValueError, RedisError) as error:
         unexpected = _UNEXPECTED.search(str(error))
         raise _NoAddress(f"{unexpected[1]} is no parameter of it" if unexpected else str(error)) from None
