@@ -571,6 +571,16 @@ def test_bad_chunks_are_a_bad_request(watch: Watch, chunks: bytes) -> None:
     watch.assert_nothing_happened()
 
 
+@pytest.mark.parametrize("kind", [JSON, "text/plain"])
+@pytest.mark.parametrize("chunks", BAD_CHUNKS.values(), ids=BAD_CHUNKS)
+def test_answer_to_bad_chunks_says_that_it_is_the_last_of_its_connection(url: str, kind: str, chunks: bytes) -> None:
+    """So no proxy and no client keeps it for another request."""
+    head = f"POST /publish HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    answer = raw(url, head.encode() + chunks)
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert b"\r\nConnection: close\r\n" in answer
+
+
 # --- Idempotency -----------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from contextlib import suppress
 from typing import Any
 
 import gevent
@@ -114,6 +113,7 @@ def _body(most: int) -> bytes:
     if max(length, len(body)) > most:
         raise PayloadTooLarge(f"the body is larger than {most} bytes")
     if len(body) < length:
+        request.environ[UNREAD] = True
         raise BadRequest(f"the body was cut off: {len(body)} bytes of {length} came")
     return body
 
@@ -122,6 +122,7 @@ def _read() -> bytes:
     try:
         return request.get_data(cache=False)
     except Exception as error:  # the server's own errors, which have no common class, tell of bad chunks
+        request.environ[UNREAD] = True
         raise BadRequest("the body broke off, or its chunks are not as RFC 9112 has them") from error
 
 
@@ -130,9 +131,11 @@ def _hear_out() -> None:
     a broken pipe instead of the answer."""
     ends = "wsgi.input_terminated" in request.environ
     left = HEARD_BYTES if ends else min(request.content_length or 0, HEARD_BYTES)
-    with suppress(Exception):  # as in _read
+    try:
         while left > 0 and (data := request.environ["wsgi.input"].read(min(left, 1 << 16))):
             left -= len(data)
+    except Exception:  # as in _read
+        request.environ[UNREAD] = True
 
 
 def _key(environ: dict[str, Any], grant: Grant) -> str | None:
