@@ -357,7 +357,7 @@ def test_settings_of_the_kernel_that_are_too_small_are_those_that_limits_finds(
     calibration.save(KNOWN, tmp_path / "file")
     done = plan("--users", 5_000_000, *REQUIRED[2:], "--sockets", sockets, "--calibration", tmp_path / "file", "--json")
     told = json.loads(done.stdout)["assumptions"][-1]
-    command = re.findall(r"`python (.+?)`", told)[0].split()
+    command = re.findall(r"`python3 (.+?)`", told)[0].split()
     assert ("--no-proxy" in command) is not proxy
 
     looked = subprocess.run([sys.executable, *command, "--json"], cwd=ROOT, text=True, capture_output=True,

@@ -197,6 +197,25 @@ def test_links_between_the_pages_lead_somewhere(page: Path) -> None:
             assert anchor in [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads]
 
 
+PAGES = [page for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "limits").glob("*.md"),
+                           *(ROOT / "ops").rglob("*.md")) if page.name != "BENCHMARKS.md"]  # a tool writes that one
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tools_are_called_by_a_python_that_has_what_they_need(page: Path) -> None:
+    """`make run` puts the packages into .venv, and not every system has a `python`."""
+    for python, tool in re.findall(r"(\S*python3?) (ops/[\w/.]+)", page.read_text()):
+        allowed = ("python3", ".venv/bin/python") if tool == "ops/limits" else (".venv/bin/python",)
+        assert python.lstrip("`") in allowed, f"{python} {tool}"
+
+
+def test_limits_are_looked_at_without_any_package() -> None:
+    done = subprocess.run([sys.executable, "-S", "ops/limits", "--streams", "1", "--json"], cwd=ROOT, text=True,
+                          capture_output=True, timeout=SECONDS)
+    assert done.returncode in (0, 1), done.stderr
+    assert '"limits"' in done.stdout
+
+
 def names_of_the_code() -> set[str]:
     """Every function, class, method and attribute of the service: bare, with `()`, and behind its class."""
     found = set()

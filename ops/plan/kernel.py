@@ -15,7 +15,7 @@ FOLLOWED = SYS / "net/netfilter/nf_conntrack_count"
 def command(load: Load, need: Needs) -> str:
     """What looks at all of them."""
     proxy = "" if load.sockets >= WITH_PROXY else " --no-proxy"
-    return f"python ops/limits --streams {load.users} --workers {need.workers}{proxy}"
+    return f"python3 ops/limits --streams {load.users} --workers {need.workers}{proxy}"
 
 
 def too_small(load: Load, machine: Machine, settings: Settings, need: Needs) -> list[str]:
