@@ -197,6 +197,13 @@ def test_links_between_the_pages_lead_somewhere(page: Path) -> None:
             assert anchor in [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads]
 
 
+def test_operations_page_tells_for_how_much_a_disk_has_to_have_room() -> None:
+    from pushsvc.brokers.sqlite_log import PROBE_BYTES
+
+    text = (ROOT / "docs" / "operations.md").read_text().partition("## Health checks")[2].partition("## Metrics")[0]
+    assert f"no room for an event of {PROBE_BYTES >> 10} KiB" in text
+
+
 PAGES = [page for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "limits").glob("*.md"),
                            *(ROOT / "ops").rglob("*.md")) if page.name != "BENCHMARKS.md"]  # a tool writes that one
 
