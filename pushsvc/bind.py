@@ -10,6 +10,7 @@ from pushsvc.errors import SettingsError
 from pushsvc.settings import Settings
 
 MOST_ADDRESSES = 4096  # remembered; where the service is open to loopback only, or to proxies, they are few
+MOST_PORT = 65_535
 
 
 @lru_cache(MOST_ADDRESSES)
@@ -26,10 +27,14 @@ def is_loopback(address: str) -> bool:
 
 
 def check_bind(settings: Settings, addresses: Sequence[object]) -> None:
-    """Raises SettingsError if the service would be open to more than this machine without anybody having said so.
+    """Raises SettingsError if the service would be open to more than this machine without anybody having said so, or
+    could not be found: of port 0 the kernel makes another one for each worker.
 
     addresses: as gunicorn has them: (host, port, …), or a path for a Unix socket, which a proxy may open to all.
     """
+    for address in addresses:
+        if isinstance(address, tuple) and not 1 <= address[1] <= MOST_PORT:
+            raise SettingsError(f"a port is 1 to {MOST_PORT}, not {address[1]}: PUSHSVC_BIND")
     if settings.jwt_key or settings.auth == "none":
         return
     for address in addresses:

@@ -174,6 +174,14 @@ def test_gunicorn_stops_before_any_worker_with_one_line(env: dict[str, str], sai
     assert len(output.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("port", [0, 65_536])
+def test_gunicorn_stops_where_the_port_is_none(port: int) -> None:
+    status, output = started(PUSHSVC_BIND=f"127.0.0.1:{free_port()},127.0.0.1:{port}")
+    assert status not in (0, None)
+    assert output.strip().splitlines()[-1] == f"pushsvc: a port is 1 to 65535, not {port}: PUSHSVC_BIND"
+    assert "Traceback" not in output
+
+
 def test_other_servers_are_stopped_too() -> None:
     """`wsgi.py` is the door of any WSGI server, not only of the one with our configuration file."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PUSHSVC_")}
