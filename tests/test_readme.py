@@ -197,6 +197,26 @@ def test_links_between_the_pages_lead_somewhere(page: Path) -> None:
             assert anchor in [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads]
 
 
+def test_http_page_tells_of_every_field_bound_and_status() -> None:
+    from pushsvc import draft, errors, event
+    from pushsvc.settings import Settings
+    from pushsvc.views import events
+
+    text = (ROOT / "docs" / "http.md").read_text()
+    subscribe, publish, refusals = (text.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+                                    for name in ("Subscribe", "Publish", "Refusals"))
+    assert {field for field in events.FIELDS if f"`{field}`" not in subscribe} == set()
+    assert {field for field in draft.FIELDS if f"`{field}`" not in publish.partition("| field |")[2]} == set()
+    for bound in (f"1 to {event.MAX_NAME_BYTES} bytes", f"1 to {event.MAX_TOPICS:,} different",
+                  f"0 to {event.MAX_RETRY_MS:,}.", f"{draft.MAX_BATCH_TOPICS:,} topics",
+                  f"{Settings().max_batch_events:,} (`PUSHSVC_MAX_BATCH_EVENTS`)",
+                  f"{Settings().max_body_bytes >> 20} MiB (`PUSHSVC_MAX_BODY_BYTES`)"):
+        assert bound in publish
+    assert f"{Settings().max_topics_per_stream:,} at most (`PUSHSVC_MAX_TOPICS_PER_STREAM`)" in subscribe
+    statuses = {each.status for each in errors.PushError.__subclasses__() if each is not errors.SettingsError}
+    assert {status for status in statuses if f"| {status} |" not in refusals} == set()
+
+
 def test_operations_page_tells_for_how_much_a_disk_has_to_have_room() -> None:
     from pushsvc.brokers.sqlite_log import PROBE_BYTES
 
@@ -264,7 +284,7 @@ def test_architecture_names_only_settings_that_exist() -> None:
     assert named - {each.name for each in fields(Settings)} == set()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/operations.md", "ops/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/http.md", "docs/operations.md", "ops/README.md"])
 def test_page_names_only_settings_and_metrics_that_exist(page: str) -> None:
     from pushsvc.metrics import Metrics
     from pushsvc.settings import Settings
