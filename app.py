@@ -41,6 +41,7 @@ class Service:
         """Give everything back; what was acknowledged is in the log. Idempotent. Switches."""
         self.hub.stop()
         self.broker.close()
+        self.hub.metrics.flush()  # what was counted since the last second, the streams that a drain has ended among it
         if self.hub.recorder is not None:
             self.hub.recorder.close()
 

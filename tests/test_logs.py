@@ -298,3 +298,19 @@ def test_metrics_are_told_also_while_a_worker_makes_its_file(tmp_path: Path) -> 
         assert answer.status == 200
         assert "\npushsvc_published_total 0.0\n" in answer.text
         assert answer.text.count(f'\npushsvc_build_info{{version="{__version__}"}} 1.0\n') == 1
+
+
+def test_what_a_worker_counted_last_is_in_the_metrics_when_it_has_been_replaced(tmp_path: Path) -> None:
+    with Server(tmp_path / "server", workers=1) as server, Stream(server.url, "t") as stream:
+        stream.opened(TIMEOUT)
+        [old] = server.worker_pids()
+        for _ in range(5):
+            publish(server.url, topic="t", data="x")
+        stream.take(5, TIMEOUT)
+        server.reload()
+        assert stream.rest(TIMEOUT) == []
+        eventually(lambda: (now := server.worker_pids()) and old not in now, TIMEOUT)
+        server.wait_ready()
+        for name in ("published_total", "received_total", "delivered_total"):
+            assert metric(server.url, f"pushsvc_{name}") == 5, name
+        assert '\npushsvc_evicted_total{reason="drain"} 1.0\n' in request("GET", f"{server.url}/metrics").text
