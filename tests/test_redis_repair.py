@@ -225,6 +225,34 @@ def test_a_gap_waits_for_a_number_that_is_free(server: Redis, opened: Open, publ
     assert [(since, upto.seq) for since, upto in side.gaps] == [(first, first.seq + 3)]
 
 
+def test_a_topic_that_is_left_during_a_repair_is_subscribed_to_again(
+        server: Redis, opened: Open, publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_reader, "MOST_TOGETHER", 2)
+    side = opened(server)
+    put(side, "first")
+    side.heard(1)
+    reader, line = reader_of(side), line_of(side)
+    command = line.command
+
+    def leave_behind_the_first_page(*arguments: Any) -> Any:
+        reply = command(*arguments)
+        if arguments[0] == "ZMSCORE" and "a" in arguments and "a" in reader._topics:
+            monkeypatch.setattr(redis_reader, "UNWATCH_SECONDS", 0.0)
+            side.broker.unwatch(["a"])
+            reader._drop_idle()
+        return reply
+
+    with away(side, server):
+        publisher.publish_batch([*texts(1), *({"topic": f"other{number}", "data": "x"} for number in range(10))])
+        line.command = leave_behind_the_first_page
+    eventually(lambda: reader._live and not reader.orders, TIMEOUT)
+    line.command = command
+    assert "a" not in reader._topics
+    side.watch("a")
+    put(side, "last")
+    eventually(lambda: data(side)[-1] == "last", TIMEOUT)
+
+
 def test_a_gap_is_told_also_by_a_full_server(
         server: Redis, opened: Open, publisher: Publisher, client: Any) -> None:
     side = opened(server, history_events=20)

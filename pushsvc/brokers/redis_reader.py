@@ -326,7 +326,8 @@ class Reader:
         left the one is in the other, or under the floor afterwards. Switches."""
         newest = self._since_last("last")
         for topic, seq in newest.items():
-            self._topics[topic] = seq if seq <= head else UNKNOWN
+            if topic in self._topics:  # it may have been left meanwhile
+                self._topics[topic] = seq if seq <= head else UNKNOWN
         return dict.fromkeys(self._since_last("lost"), 0) | newest
 
     def _floor(self) -> int:
