@@ -345,6 +345,48 @@ def test_who_knows_of_no_log_and_comes_first_to_an_emptied_server_begins_one_tha
     assert client.hmget("pushsvc:log", "events", "age") == ["100", "3600000"]
 
 
+def test_what_was_in_a_log_that_is_lost_during_a_repair_is_within_the_gap(
+        server: Redis, opened: Open, publisher: Publisher, client: Any) -> None:
+    side = opened(server)
+    first = put(side, "first")
+    side.heard(1)
+    line = line_of(side)
+    command = line.command
+
+    def lose_it_first(*arguments: Any) -> Any:
+        line.command = command
+        client.flushall()
+        return command(*arguments)
+
+    with away(side, server):
+        publisher.publish_batch(texts(1, 2, 3))
+        line.command = lose_it_first
+    eventually(lambda: line.command == command and put(side, "new"), TIMEOUT)
+    eventually(lambda: data(side) == ["first", "new"], TIMEOUT)
+    assert [since for since, _ in side.gaps] == [first]
+
+
+def test_an_event_that_is_lost_with_its_log_before_it_is_fetched_is_within_the_gap(
+        server: Redis, opened: Open, client: Any) -> None:
+    side = opened(server)
+    first = put(side, "first")
+    side.heard(1)
+    reader = reader_of(side)
+    fetch = reader._fetch
+
+    def lose_it_first(*arguments: Any) -> Any:
+        reader._fetch = fetch
+        client.flushall()
+        return fetch(*arguments)
+
+    reader._fetch = lose_it_first
+    lost, = side.broker.append([Draft(WIDE, "lost", keep="latest", key="k")])
+    eventually(lambda: reader._fetch == fetch and put(side, "new"), TIMEOUT)
+    eventually(lambda: data(side) == ["first", "new"], TIMEOUT)
+    (since, _), = side.gaps
+    assert first.seq <= since.seq < lost.seq
+
+
 def test_a_log_of_which_nobody_has_told_the_retention_has_that_of_the_defaults(
         server: Redis, publisher: Publisher, client: Any) -> None:
     for start in (0, 6000):

@@ -331,8 +331,11 @@ class Reader:
         return dict.fromkeys(self._since_last("lost"), 0) | newest
 
     def _floor(self) -> int:
-        """The newest sequence whose topic, and that retention has taken it, is forgotten. Switches."""
-        return int(self._line.command("HGET", f"{self._line.link.prefix}log", "floor") or 0)
+        """The newest sequence whose topic, and that retention has taken it, is forgotten. Raises ConnectionError if what
+        the line has read until now may be of another log: so this is read behind it. Switches."""
+        epoch, floor = self._line.command("HMGET", f"{self._line.link.prefix}log", "epoch", "floor")
+        self._expect("" if epoch is None else epoch.decode())
+        return int(floor or 0)
 
     def _since_last(self, key: str) -> dict[str, int]:
         """The watched topics among those of a sorted set, with what they have there after the last event. Asks for the
@@ -437,8 +440,8 @@ class Reader:
 
     def _trimmed(self, topic: str) -> int:
         """The newest sequence that retention has taken from a topic's history, so far as is known. Switches."""
-        mark = self._line.command("ZSCORE", f"{self._line.link.prefix}lost", topic)
-        return self._floor() if mark is None else int(float(mark))
+        mark, floor = self._line.command("ZSCORE", f"{self._line.link.prefix}lost", topic), self._floor()
+        return floor if mark is None else int(float(mark))
 
 
 def _filled(found: dict[int, Event]) -> float:
