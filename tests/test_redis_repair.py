@@ -429,6 +429,22 @@ def test_a_full_server_that_was_restarted_is_read_and_listened_to(server: Redis,
     eventually(lambda: data(side) == ["before", "after"], TIMEOUT)
 
 
+def test_an_epoch_that_another_has_begun_can_be_joined_where_nothing_can_be_written(
+        server: Redis, opened: Open, publisher: Publisher, client: Any) -> None:
+    side = opened(server)
+    before = put(side, "before")
+    side.heard(1)
+    with away(side, server):
+        line_of(side).leave()
+        client.hset("pushsvc:log", "run", "another")
+        publisher.publish("a", "after")
+        client.config_set("min-replicas-to-write", 1)
+    eventually(lambda: data(side) == ["before", "after"], TIMEOUT)
+    assert [since for since, _ in side.gaps] == [before]
+    assert side.broker.precedes(before.epoch)
+    assert [event.data for event in side.history("a", after=before.seq)] == ["after"]
+
+
 def test_a_shorter_age_of_history_holds_at_once(server: Redis, opened: Open) -> None:
     side = opened(server, history_seconds=1000)
     put(side, "old")

@@ -31,8 +31,9 @@ if not lives_on or (known == epoch and newest > seq) then
   write('HSET', LOG, 'epoch', epoch, 'seq', text(seq), 'run', run, 'start', text(seq))
 end
 -- The caller's log may be one that this server has lost: then this one follows it if its numbers do.
-if known ~= '' and tonumber(known, 16) < tonumber(epoch, 16) and newest < start then
-  write('HSETNX', P .. 'past', known, text(newest))
+if known ~= '' and tonumber(known, 16) < tonumber(epoch, 16) and newest < start
+    and redis.call('HEXISTS', P .. 'past', known) == 0 then
+  write('HSET', P .. 'past', known, text(newest))
 end
 for place, name in ipairs({'events', 'age', 'window'}) do
   local set, wanted = redis.call('HGET', LOG, name), ARGV[4 + place]
