@@ -149,6 +149,31 @@ def test_what_history_lost_of_an_epoch_that_has_ended_is_told_before_what_is_beh
         first.seq + 1, 20, ended[1].seq]
 
 
+def test_what_was_lost_with_an_epoch_is_told_before_what_is_of_the_next_though_that_has_ended_too(
+        server: Redis, opened: Open, client: Any) -> None:
+    side = opened(server)
+    first = put(side, "first")
+    side.heard(1)
+    with away(side, server):
+        client.save()
+        for text in ("lost", "second", "third"):
+            with Publisher(server.url) as publisher:
+                publisher.publish("a", text)
+            if text == "second":
+                client.save()
+            if text != "third":
+                server.kill()
+                server.start()
+    side.heard(3)
+    assert data(side) == ["first", "second", "third"]
+    (since, upto), = side.gaps
+    assert since == first
+    assert [call.seq if isinstance(call, Position) else [event.data for event in call] for call in side.calls[2:]] == [
+        side.resets[-1].seq, ["second", "third"]]
+    assert first.seq < side.resets[-1].seq < side.events[1].seq < upto.seq < side.events[2].seq
+    assert upto.epoch > first.epoch
+
+
 def test_what_another_topic_still_holds_is_not_lost(server: Redis, opened: Open, publisher: Publisher) -> None:
     side = opened(server, history_events=1)
     put(side, "0")

@@ -6,7 +6,8 @@
 --                      the newest entry of P ages was made; due: when the oldest one is due, 0: never; swept: how far idle
 --                      topics have been swept; floor: newest sequence whose mark P lost has forgotten; thin: how far
 --                      all topics have been looked through for what are too many, since events was set anew
---   P past     HASH    earlier epoch -> the sequence at which it ended; numbers go on through all epochs
+--   P past     HASH    earlier epoch -> "SEQ START": at which it ended, and that it began after, if that is known; numbers
+--                      go on through all epochs
 --   P ages     LIST    "SEQ AT", oldest first: events up to SEQ were published at AT (ms) or before
 --   P last     ZSET    topic -> sequence of the newest event published to it, kept or not
 --   P lost     ZSET    topic -> newest sequence that retention has taken from its history

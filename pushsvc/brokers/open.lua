@@ -7,8 +7,7 @@
 -- ARGV: the server's life: its run id, and where it was made a master meanwhile ':' and its replication id; the epoch and
 -- the newest sequence that the caller knows of, or empty; 1 if what follows is to hold from now on, 0 if only in a log
 -- that has none; what retention and idempotency ask: events, age, window, or nothing: then the log has none of its own
--- until somebody comes who has. Returns EPOCH, SEQ, the sequence that the epoch began after, which no event has, and the
--- earlier epochs.
+-- until somebody comes who has. Returns EPOCH, SEQ, the sequence that the epoch began after, which no event has, and P past.
 
 local run, known, newest, is_new = ARGV[1], ARGV[2], tonumber(ARGV[3]) or 0, ARGV[4] == '1'
 local STRIDE = 1000000 -- more events than can be lost with the end of an epoch
@@ -20,7 +19,7 @@ local lives_on = state[3] == run or string.sub(state[3] or '', 1, #run + 1) == r
 if not lives_on or (known == epoch and newest > seq) then
   local began = clock()
   if epoch then
-    write('HSET', P .. 'past', epoch, text(seq))
+    write('HSET', P .. 'past', epoch, text(seq) .. ' ' .. text(start))
     began = math.max(began, tonumber(epoch, 16) + 1)
   end
   if known ~= '' and known ~= epoch then
@@ -46,4 +45,4 @@ for place, name in ipairs({'events', 'age', 'window'}) do
     end
   end
 end
-return {epoch, text(seq), text(start), redis.call('HKEYS', P .. 'past')}
+return {epoch, text(seq), text(start), redis.call('HGETALL', P .. 'past')}

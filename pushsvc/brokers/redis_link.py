@@ -51,8 +51,9 @@ class Link:
     """One connection. Not open until `open`; after an OSError it is closed and can be opened again.
 
     epoch, start, past: the epoch that the log was in when this was opened, the sequence that it began after (no event has
-    that one), and the epochs before. seconds: how long a reply may take. limits: what open.lua is told of retention, or
-    nothing to leave it to others. deadline: by time.monotonic(), when all that is going on ends; infinity for none.
+    that one), and the epochs before, with theirs (0: not known). seconds: how long a reply may take. limits: what
+    open.lua is told of retention, or nothing to leave it to others. deadline: by time.monotonic(), when all that is
+    going on ends; infinity for none.
     """
 
     def __init__(self, address: Address, prefix: str, seconds: float, limits: Arguments = ()) -> None:
@@ -61,7 +62,7 @@ class Link:
         self.channels = f"{prefix}{address.db}:"
         self.epoch = ""
         self.start = 0
-        self.past: frozenset[str] = frozenset()
+        self.past: dict[str, int] = {}
         self.deadline = math.inf
         self._seconds = seconds
         self._limits = limits
@@ -108,7 +109,8 @@ class Link:
             raise
         self._told = True
         self.epoch, self.start = reply[0].decode(), int(reply[2])
-        self.past = frozenset(each.decode() for each in reply[3])
+        self.past = {epoch.decode(): int(ended.partition(b" ")[2] or 0)
+                     for epoch, ended in zip(reply[3][::2], reply[3][1::2], strict=True)}
         return int(reply[1])
 
     def close(self) -> None:

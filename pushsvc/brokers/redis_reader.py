@@ -51,7 +51,7 @@ class Reader:
     def __init__(self, link: Link, line: Line, trouble: Trouble, deliver: Deliver, reset: Reset) -> None:
         self.epoch = ""
         self.last = 0
-        self.past: frozenset[str] = frozenset()
+        self.past: dict[str, int] = {}
         self._link = link
         self._line = line
         self._trouble = trouble
@@ -240,12 +240,12 @@ class Reader:
 
     def _catch_up(self, known: Position, epoch: str, early: list[tuple[str, Message]]) -> None:
         if epoch != known.epoch:
-            start = self._link.start
+            start, place = self._link.start, self._end_of(known)
             since = min(known.seq, self._lost.seq) if self._lost is not None else known.seq
             self._topics = dict.fromkeys(self._topics, UNKNOWN)  # their newest events may be lost with the old epoch
-            self._repair(start, early)
-            self.epoch, self.past, self._lost = epoch, self._link.past, None
-            self._reset(Position(epoch, start), Position(known.epoch, since))
+            self._repair(place, early)
+            self.epoch, self.past, self._lost, self._told = epoch, self._link.past, None, start
+            self._reset(Position(epoch, place), Position(known.epoch, since), start)
         head = self._head()
         early += self._barrier()
         self._repair(head, early)
@@ -254,6 +254,12 @@ class Reader:
             early += self._barrier()
             self._repair(head, early)
         self._hand_over(early)
+
+    def _end_of(self, known: Position) -> int:
+        """A sequence behind all of a known epoch and before all of the next, which may not be the present one. What was
+        lost with its end is told there. No event has it."""
+        starts = [start for epoch, start in self._link.past.items() if epoch > known.epoch and start > known.seq]
+        return min(starts, default=self._link.start)
 
     def _barrier(self) -> list[tuple[str, Message]]:
         """What was published before this call and has not been read yet. Switches."""
