@@ -106,7 +106,7 @@ class Stream:
         return False
 
     def _start(self, head: Position) -> tuple[int, str]:
-        """The sequence to go on after, and the id to tell as lost if it belongs to no history of ours."""
+        """The sequence to go on after, and the id to tell as lost if it belongs to no history of ours. Switches."""
         if not self.asked:
             return head.seq, ""
         if self.asked == EARLIEST:

@@ -12,9 +12,11 @@ import pytest
 from gevent.event import Event as Signal
 
 from pushsvc.brokers import redis_reader
+from pushsvc.brokers.redis_address import parse_address
+from pushsvc.brokers.redis_link import Link
 from pushsvc.errors import BrokerUnavailable
 from pushsvc.event import Draft
-from pushsvc.position import Position
+from pushsvc.position import Position, new_epoch
 from pushsvc.publisher import Publisher
 from tests.support.brokers import Open, Side, data, put
 from tests.support.fire import seq_of
@@ -452,6 +454,15 @@ def test_a_full_server_that_was_restarted_is_read_and_listened_to(server: Redis,
     client.config_set("maxmemory", "0")
     put(side, "after")
     eventually(lambda: data(side) == ["before", "after"], TIMEOUT)
+
+
+def test_an_epoch_that_only_another_knew_and_told_later_precedes_too(server: Redis, opened: Open) -> None:
+    side = opened(server)
+    lost = new_epoch(int(side.broker.head().epoch, 16) - 1)
+    assert not side.broker.precedes(lost)
+    with contextlib.closing(Link(parse_address(server.url), "pushsvc:", TIMEOUT)) as link:
+        link.open(lost, 1)
+    assert side.broker.precedes(lost)
 
 
 def test_an_epoch_that_another_has_begun_can_be_joined_where_nothing_can_be_written(

@@ -91,7 +91,7 @@ class Broker(ABC):
         return
 
     def precedes(self, epoch: str) -> bool:
-        """Whether the log went through `epoch` before the present one, and its numbers went on. Atomic: no switch."""
+        """Whether the log went through `epoch` before the present one, and its numbers went on. Switches."""
         return False
 
     def depths(self) -> dict[str, int]:
