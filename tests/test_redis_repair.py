@@ -331,6 +331,26 @@ def test_an_event_of_many_topics_that_is_trimmed_before_it_is_fetched_is_told(
     assert "trimmed" not in data(side)
 
 
+def test_a_passing_event_of_many_topics_that_is_gone_before_it_is_fetched_is_no_loss(
+        server: Redis, opened: Open, client: Any) -> None:
+    side = opened(server)
+    put(side, "first")
+    side.heard(1)
+    reader = reader_of(side)
+    fetch = reader._fetch
+
+    def fetch_late(topic: str, seq: int, keep: str) -> Any:
+        client.delete(f"pushsvc:e:{seq}")
+        return fetch(topic, seq, keep)
+
+    reader._fetch = fetch_late
+    side.broker.append([Draft(WIDE, "gone", keep="none")])
+    put(side, "next")
+    side.heard(2)
+    assert data(side) == ["first", "next"]
+    assert not side.gaps
+
+
 def test_a_loss_is_told_also_when_it_is_forgotten_of_which_topic(
         server: Redis, opened: Open, publisher: Publisher, client: Any) -> None:
     """A topic that nobody publishes to leaves, and of very many marks of loss the oldest become one."""

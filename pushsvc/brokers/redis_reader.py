@@ -22,7 +22,7 @@ from pushsvc.brokers.redis_codec import Message, event_of, events_of, message_of
 from pushsvc.brokers.redis_line import HISTORY, Line
 from pushsvc.brokers.redis_link import Arguments, Link
 from pushsvc.brokers.trouble import Trouble
-from pushsvc.event import KEEP_LATEST, Event, size_of
+from pushsvc.event import KEEP_LATEST, KEEP_NONE, Event, size_of
 from pushsvc.position import Position
 
 READER = "reader"  # the part, as the service's log names it
@@ -436,11 +436,11 @@ class Reader:
             self._topics[topic] = seq
 
     def _fetch(self, topic: str, seq: int, keep: str) -> Event | None:
-        """None for one whose place a newer one has taken. Switches."""
+        """None for one whose place a newer one has taken, and for a passing one that is gone. Switches."""
         names, body = self._line.command("HMGET", f"{self._line.link.prefix}e:{seq}", "t", "b")
         if body is not None:
             return event_of(seq, names_of(names), body)
-        if keep == KEEP_LATEST and self._trimmed(topic) < seq:
+        if keep == KEEP_NONE or (keep == KEEP_LATEST and self._trimmed(topic) < seq):
             return None
         raise _Lost(seq - 1, f"the event {seq} is gone")
 
