@@ -16,7 +16,7 @@ import pytest
 from pushsvc import hub
 from pushsvc.brokers.base import Broker, Deliver, Page, Reset
 from pushsvc.event import Draft, Event
-from pushsvc.hub import DRAIN, EXPIRED, GONE, LOST, ROTATE, SLICE_SECONDS, SLOW, SMALL_GROUP, TICK_SECONDS, Hub
+from pushsvc.hub import DRAIN, EXPIRED, GONE, LOST, ROTATE, SLICE_SECONDS, SLOW, SMALL_GROUP, Hub
 from pushsvc.mailbox import Letter
 from pushsvc.metrics import Metrics
 from pushsvc.position import Position
@@ -565,7 +565,7 @@ def test_the_first_reset_is_the_beginning_and_ends_nobody(bench: Callable[..., B
 def ticked(here: Bench, clock: Clock) -> None:
     """The wheel has turned to the clock's time, and once more: what it had to do is done."""
     eventually(lambda: here.hub.now == clock.now)
-    clock.now += 0.001
+    clock.now += 0.00001
     eventually(lambda: here.hub.now == clock.now)
 
 
@@ -593,18 +593,20 @@ def test_only_streams_that_were_silent_get_a_heartbeat(bench: Callable[..., Benc
     assert silent.mailbox.nudged
 
 
-def test_heartbeats_are_an_interval_apart(bench: Callable[..., Bench]) -> None:
-    clock = Clock(1000.1)
-    here = bench(clock, heartbeat_seconds=2.0)
+def test_heartbeats_are_an_interval_apart(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+    tick, clock = 0.03, Clock(1000.1)
+    monkeypatch.setattr(hub, "TICK_SECONDS", tick)
+    here = bench(clock, heartbeat_seconds=8 * tick)
     stream = here.stream("a")
     beats = []
     for _ in range(50):
-        clock.now += TICK_SECONDS
+        clock.now += tick
         ticked(here, clock)
         if stream.mailbox is not None and stream.mailbox.nudged:
             stream.mailbox.nudged = False
             beats.append(clock.now)
-    assert [later - earlier for earlier, later in pairwise(beats)] == pytest.approx([2.0] * (len(beats) - 1), abs=0.1)
+    assert [later - earlier for earlier, later in pairwise(beats)] == pytest.approx(
+        [8 * tick] * (len(beats) - 1), abs=tick / 2)
     assert len(beats) >= 5
 
 
