@@ -1,5 +1,6 @@
 """gunicorn's configuration, derived from Settings: no numbers of its own."""
 
+import atexit
 import gc
 import os
 import resource
@@ -33,6 +34,9 @@ _MULTIPROC = "PROMETHEUS_MULTIPROC_DIR"  # read by prometheus_client when it is 
 _METRICS = f"pushsvc-metrics-{os.getpid()}-"
 if _MULTIPROC not in os.environ:
     os.environ[_MULTIPROC] = tempfile.mkdtemp(prefix=_METRICS)
+    _process = os.getpid()
+    # Also where the start is refused, or only tried. The workers inherit it.
+    atexit.register(lambda: os.getpid() == _process and _remove_metrics())
 
 bind = [address.strip() for address in settings.bind.split(",")]
 _alone = settings.broker_url == "memory:"  # each process would have a log of its own
@@ -163,6 +167,10 @@ def on_exit(server):
         end_life(settings)
     except Exception as error:  # the log goes on as after a crash: nothing is lost by it
         server.log.warning("the log was not closed in order: %s", error)
+    _remove_metrics()
+
+
+def _remove_metrics():
     folder = Path(os.environ[_MULTIPROC])
     if folder.name.startswith(_METRICS):
         shutil.rmtree(folder, ignore_errors=True)

@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -180,6 +181,12 @@ def test_gunicorn_stops_where_the_port_is_none(port: int) -> None:
     assert status not in (0, None)
     assert output.strip().splitlines()[-1] == f"pushsvc: a port is 1 to 65535, not {port}: PUSHSVC_BIND"
     assert "Traceback" not in output
+
+
+def test_a_start_that_is_refused_leaves_nothing_behind(tmp_path: Path) -> None:
+    status, _ = started(PUSHSVC_BIND=f"0.0.0.0:{free_port()}", TMPDIR=str(tmp_path))
+    assert status not in (0, None)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_servers_are_stopped_too() -> None:
