@@ -3,7 +3,7 @@
 import contextlib
 import random
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,20 @@ def away(side: Side, server: Redis) -> Iterator[None]:
     eventually(lambda: not reader._live, interval=0.001)
     yield
     may_join.set()
+
+
+def before_the_next(owner: Any, method: str, act: Callable[[], object]) -> Signal:
+    """Let something happen just before the next call of a method, only that one; set when it does."""
+    call, happens = getattr(owner, method), Signal()
+
+    def act_first(*arguments: Any) -> Any:
+        setattr(owner, method, call)
+        happens.set()
+        act()
+        return call(*arguments)
+
+    setattr(owner, method, act_first)
+    return happens
 
 
 def connect_anew(side: Side, server: Redis) -> None:
@@ -314,16 +328,12 @@ def test_an_event_of_many_topics_that_is_trimmed_before_it_is_fetched_is_told(
     side = opened(server, history_events=3)
     put(side, "0")
     side.heard(1)
-    reader = reader_of(side)
-    fetch = reader._fetch
 
-    def fetch_late(*arguments: Any) -> Any:
-        reader._fetch = fetch
+    def trim() -> None:
         for topics in (WIDE[:20], WIDE[20:]):
             publisher.publish_batch([{"topics": list(topics), "data": "newer"} for _ in range(4)])
-        return fetch(*arguments)
 
-    reader._fetch = fetch_late
+    before_the_next(reader_of(side), "_fetch", trim)
     trimmed, = side.broker.append([Draft(WIDE, "trimmed", keep="latest", key="k")])
     eventually(lambda: side.gaps, TIMEOUT)
     (since, upto), = side.gaps
@@ -336,14 +346,7 @@ def test_a_passing_event_of_many_topics_that_is_gone_before_it_is_fetched_is_no_
     side = opened(server)
     put(side, "first")
     side.heard(1)
-    reader = reader_of(side)
-    fetch = reader._fetch
-
-    def fetch_late(topic: str, seq: int, keep: str) -> Any:
-        client.delete(f"pushsvc:e:{seq}")
-        return fetch(topic, seq, keep)
-
-    reader._fetch = fetch_late
+    before_the_next(reader_of(side), "_fetch", lambda: client.delete(*client.keys("pushsvc:e:*")))
     side.broker.append([Draft(WIDE, "gone", keep="none")])
     put(side, "next")
     side.heard(2)
@@ -397,18 +400,10 @@ def test_what_was_in_a_log_that_is_lost_during_a_repair_is_within_the_gap(
     side = opened(server)
     first = put(side, "first")
     side.heard(1)
-    line = line_of(side)
-    command = line.command
-
-    def lose_it_first(*arguments: Any) -> Any:
-        line.command = command
-        client.flushall()
-        return command(*arguments)
-
     with away(side, server):
         publisher.publish_batch(texts(1, 2, 3))
-        line.command = lose_it_first
-    eventually(lambda: line.command == command and put(side, "new"), TIMEOUT)
+        is_lost = before_the_next(line_of(side), "command", client.flushall)
+    eventually(lambda: is_lost.is_set() and put(side, "new"), TIMEOUT)
     eventually(lambda: data(side) == ["first", "new"], TIMEOUT)
     assert [since for since, _ in side.gaps] == [first]
 
@@ -418,17 +413,9 @@ def test_an_event_that_is_lost_with_its_log_before_it_is_fetched_is_within_the_g
     side = opened(server)
     first = put(side, "first")
     side.heard(1)
-    reader = reader_of(side)
-    fetch = reader._fetch
-
-    def lose_it_first(*arguments: Any) -> Any:
-        reader._fetch = fetch
-        client.flushall()
-        return fetch(*arguments)
-
-    reader._fetch = lose_it_first
+    is_lost = before_the_next(reader_of(side), "_fetch", client.flushall)
     lost, = side.broker.append([Draft(WIDE, "lost", keep="latest", key="k")])
-    eventually(lambda: reader._fetch == fetch and put(side, "new"), TIMEOUT)
+    eventually(lambda: is_lost.is_set() and put(side, "new"), TIMEOUT)
     eventually(lambda: data(side) == ["first", "new"], TIMEOUT)
     (since, _), = side.gaps
     assert first.seq <= since.seq < lost.seq
