@@ -223,8 +223,8 @@ class Hub:
         self.epoch = position.epoch
         if upto > position:
             # Whoever history or the log's head has brought further, or just brings, would not take it, and may miss more.
-            self.evict([each for each in self._subscriptions if each.state is State.OPENING
-                        or position.seq <= each.cursor < upto.seq], LOST)
+            self.evict((each for each in self._subscriptions if each.state is State.OPENING
+                        or position.seq <= each.cursor < upto.seq), LOST)
         wire, root = GapWire(since, position, upto, reason, self.wall()), Bundle()
         for groups in self._groups:
             for group in groups.values():

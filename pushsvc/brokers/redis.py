@@ -92,10 +92,11 @@ class RedisBroker(Broker):
             self._reader.unwatch(topics)
 
     def precedes(self, epoch: str) -> bool:
-        if self._reader is None or epoch in self._reader.past:
-            return self._reader is not None
+        if self._reader is None:
+            return False
         # One that its server has lost is told of by who knew it, perhaps after our reader has joined.
-        return bool(self._line.command("HEXISTS", f"{self._line.link.prefix}past", epoch))
+        return epoch in self._reader.past or bool(
+            self._line.command("HEXISTS", f"{self._line.link.prefix}past", epoch))
 
     def depths(self) -> dict[str, int]:
         return {"append": len(self._line), "subscribe": self._reader.orders if self._reader is not None else 0}

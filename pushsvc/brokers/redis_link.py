@@ -92,11 +92,10 @@ class Link:
         self.close()
         try:
             self._connection = self._connect()
-            info = self.call("INFO", "server").decode() + self.call("INFO", "replication").decode()
-            role, run = _ROLE.search(info), _RUN_ID.search(info)
+            info = "".join(self.call("INFO", part).decode() for part in ("server", "replication", "memory"))
+            role, run, policy = _ROLE.search(info), _RUN_ID.search(info), _EVICTS.search(info)
             if role is None or role[1] != "master" or run is None:
                 raise Refused("it is not a master", leave=True)
-            policy = _EVICTS.search(self.call("INFO", "memory").decode())
             if policy is not None:
                 raise Refused(f"when it is full it evicts keys, and nobody would be told what is lost with them: its "
                               f"maxmemory-policy has to be noeviction, not {policy[1]}")
