@@ -55,17 +55,17 @@ def away(side: Side, server: Redis) -> Iterator[None]:
 
 
 def before_the_next(owner: Any, method: str, act: Callable[[], object]) -> Signal:
-    """Let something happen just before the next call of a method, only that one; set when it does."""
-    call, happens = getattr(owner, method), Signal()
+    """Let something happen just before the next call of a method, only that one; set when it has."""
+    call, happened = getattr(owner, method), Signal()
 
     def act_first(*arguments: Any) -> Any:
         setattr(owner, method, call)
-        happens.set()
         act()
+        happened.set()
         return call(*arguments)
 
     setattr(owner, method, act_first)
-    return happens
+    return happened
 
 
 def connect_anew(side: Side, server: Redis) -> None:
