@@ -21,6 +21,7 @@ UNLIMITED = str(1 << 50)  # a setting that bounds nothing
 STEP = 25  # streams that come at once
 PAUSE_SECONDS = 0.3  # after them: the worker looks once a second, and has a tenth of the limit until then
 WAIT_SECONDS = 5.0
+AGAIN_SECONDS = 30.0  # at most, until streams are taken again: memory may go back to the kernel late
 
 
 class Group:
@@ -126,7 +127,7 @@ def _fill(found: Service, streams: int, is_over: Any) -> dict[str, Any]:
 def _taken_again() -> float | None:
     """All have hung up: seconds until a stream is opened again; None if it takes too long."""
     begun = time.monotonic()
-    while time.monotonic() - begun < WAIT_SECONDS:
+    while time.monotonic() - begun < AGAIN_SECONDS:
         with Crowd() as crowd:
             crowd.come(["/events?topic=again"])
             crowd.wait(1.0)
