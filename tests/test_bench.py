@@ -1,5 +1,8 @@
-"""The verdicts of the bench: a figure that misses its target is called so, and ends the command with 1."""
+"""The verdicts of the bench: a figure that misses its target is called so, and ends the command with 1. And that a
+publish can be measured at all."""
 
+import json
+import subprocess
 import sys
 from typing import Any
 
@@ -77,3 +80,13 @@ def test_a_ratio_is_judged_by_its_target(ours: float, theirs: float, verdict: st
 
 def test_what_was_not_measured_is_not_judged() -> None:
     assert report.targets({"servers": {"pushsvc": {}, "nchan": {"skipped": "no nginx"}}}) == []
+
+
+def test_a_publish_is_measured_beside_a_route_that_does_nothing() -> None:
+    program = ROOT / "ops" / "bench" / "publish.py"
+    ran = subprocess.run([sys.executable, program, "--json", "--requests", "50", "--rounds", "1", "cpu"],
+                         capture_output=True, text=True, timeout=100)
+    assert ran.returncode == 0, ran.stderr
+    found, = json.loads(ran.stdout)["cpu"]
+    assert found["publish_us"] > 0
+    assert found["noop_us"] > 0

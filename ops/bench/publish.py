@@ -86,7 +86,7 @@ class Service:
     log_url: of its log. keeper: the process that keeps the log, if that is another one.
     """
 
-    def __init__(self, arguments: Sequence[str], folder: Path, workers: int, log_url: str = "memory:",
+    def __init__(self, arguments: Sequence[str], folder: Path, workers: int, log_url: str,
                  keeper: int | None = None) -> None:
         self.address = ("127.0.0.1", free_port())
         self._keeper = keeper
@@ -172,11 +172,11 @@ def log_of(broker: str, place: Path) -> Iterator[tuple[str, int | None]]:
 
 @contextmanager
 def started_noop(workers: int) -> Iterator[Service]:
-    with folder() as place:
+    with folder() as place, log_of(SQLITE, place) as (url, _):  # which nothing is published to
         configuration = NOOP_CONFIGURATION.replace("__CONF__", repr(str(ROOT / "gunicorn.conf.py")))
         (place / "noop_conf.py").write_text(configuration)
         (place / "noop_app.py").write_text(NOOP_APP)
-        with Service(["-c", str(place / "noop_conf.py"), "noop_app:app"], place, workers) as service:
+        with Service(["-c", str(place / "noop_conf.py"), "noop_app:app"], place, workers, url) as service:
             yield service
 
 
